@@ -1,0 +1,137 @@
+"""The two frozen encoders. Each loads through its own library and knows the identity of the features it makes."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from safetensors.torch import load_file
+from transformers import ViTMAEForPreTraining
+
+from pipeline import images, masks
+from xformer.errors import WeightsError
+from xformer.settings import Clip, Mae
+from xformer.weights import resolve, sha256_of
+
+SCHEMA = 1
+AUTOCAST = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def pick_device(gpus: bool, worker: int = 0) -> torch.device:
+    """The CPU, or with `gpus` the worker's share of the CUDA devices."""
+    count = torch.cuda.device_count() if gpus else 0
+    return torch.device("cuda", worker % count) if count else torch.device("cpu")
+
+
+class ClipEncoder:
+    """A timm ViT whose block outputs are cached before the final norm, class token first (BLIP-2: ViT-g, block 39)."""
+
+    def __init__(self, clip: Clip, image_size: int, device: torch.device | None = None) -> None:
+        folder = resolve(clip.weights, ("model.safetensors",))
+        file = folder / "model.safetensors"
+        self.settings, self.device = clip, device or torch.device("cpu")
+        self.model = timm.create_model(clip.architecture, pretrained=False, num_classes=0, **clip.kwargs)
+        blocks = len(self.model.blocks)
+        if max(clip.layers) > blocks:
+            raise WeightsError(f"clip.layers {clip.layers}: {clip.architecture} has only {blocks} blocks.")
+        state = {k: v.float() for k, v in load_file(file).items() if not k.startswith(("head.", "fc_norm."))}
+        wanted = {k for k in self.model.state_dict() if not k.startswith("fc_norm.")}
+        if missing := sorted(wanted - set(state)) or sorted(set(state) - wanted):
+            raise WeightsError(f"weights {clip.weights}: {missing[0]} does not fit {clip.architecture} {clip.kwargs}.")
+        try:
+            self.model.load_state_dict(state, strict=False)
+        except RuntimeError as error:
+            raise WeightsError(f"weights {clip.weights}: {str(error).splitlines()[-1].strip()}") from None
+        self.model.eval().requires_grad_(False).to(self.device)
+        self.tokens = (image_size // self.model.patch_embed.patch_size[0]) ** 2 + self.model.num_prefix_tokens
+        self.identity = {
+            "schema": SCHEMA,
+            "encoder": "clip",
+            "weights_sha256": sha256_of(file),
+            "model": clip.architecture,
+            "model_args": json.dumps(clip.kwargs, sort_keys=True),
+            "norm": json.dumps([clip.mean, clip.std]),
+            "final_norm": False,
+            "image_size": image_size,
+            "autocast": clip.autocast,
+            "quantiser": "fp16",
+        }
+
+    def layer_identity(self, layer: int) -> dict:
+        return self.identity | {"layer": layer}
+
+    @torch.inference_mode()
+    def encode(self, pixels: np.ndarray, layers: list[int]) -> dict[int, np.ndarray]:
+        """uint8 [B, 3, S, S] -> per 1-based layer float32 [B, tokens, width]."""
+        batch = torch.from_numpy(images.normalise(pixels, self.settings.mean, self.settings.std)).to(self.device)
+        dtype = AUTOCAST[self.settings.autocast]
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            found = self.model.forward_intermediates(
+                batch,
+                indices=[layer - 1 for layer in sorted(set(layers))],
+                return_prefix_tokens=True,
+                norm=False,
+                stop_early=True,
+                output_fmt="NLC",
+                intermediates_only=True,
+            )
+        return {
+            layer: torch.cat([prefix, patches], 1).float().cpu().numpy()
+            for layer, (patches, prefix) in zip(sorted(set(layers)), found, strict=True)
+        }
+
+
+class MaeEncoder:
+    """transformers' ViTMAE; tokens after the encoder's final norm, [CLS] first, visible patches in raster order."""
+
+    def __init__(self, mae: Mae, image_size: int, device: torch.device | None = None) -> None:
+        folder = resolve(mae.weights, ("config.json", "model.safetensors|pytorch_model.bin"))
+        file = next(f for n in ("model.safetensors", "pytorch_model.bin") if (f := folder / n).is_file())
+        self.settings, self.device = mae, device or torch.device("cpu")
+        self.model = load_mae(folder, mae).to(self.device)
+        config = self.model.config
+        if (config.image_size, config.patch_size, config.hidden_size) != (image_size, mae.patch, mae.width):
+            raise WeightsError(
+                f"weights {mae.weights}: image {config.image_size}, patch {config.patch_size}, width "
+                f"{config.hidden_size}; the settings say {image_size}, {mae.patch}, {mae.width}."
+            )
+        self.patches = (image_size // mae.patch) ** 2
+        self.identity = {
+            "schema": SCHEMA,
+            "encoder": "mae",
+            "weights_sha256": sha256_of(file),
+            "model": "ViTMAE",
+            "model_args": json.dumps({"norm_pix_loss": config.norm_pix_loss, "eps": config.layer_norm_eps}),
+            "norm": json.dumps([mae.mean, mae.std]),
+            "final_norm": True,
+            "image_size": image_size,
+            "autocast": mae.autocast,
+            "quantiser": "fp16",
+            "mask_algorithm": masks.ALGORITHM,
+        }
+
+    @torch.inference_mode()
+    def encode(self, pixels: np.ndarray, kept: np.ndarray) -> np.ndarray:
+        """uint8 [B, 3, S, S] and int64 [B, K] raster-ordered visible patches -> float32 [B, 1 + K, width]."""
+        batch = torch.from_numpy(images.normalise(pixels, self.settings.mean, self.settings.std)).to(self.device)
+        noise = torch.arange(self.patches, dtype=torch.float32).repeat(len(batch), 1) + self.patches
+        noise.scatter_(1, torch.from_numpy(kept), torch.from_numpy(kept).float())  # kept ones come first, in order
+        config = self.model.config
+        config.mask_ratio = 1 - kept.shape[1] / self.patches
+        assert int(self.patches * (1 - config.mask_ratio)) == kept.shape[1]
+        dtype = AUTOCAST[self.settings.autocast]
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            output = self.model.vit(batch, noise=noise.to(self.device))
+        return output.last_hidden_state.float().cpu().numpy()
+
+
+def load_mae(folder: Path, mae: Mae) -> ViTMAEForPreTraining:
+    """A frozen float32 ViTMAE. Raises WeightsError where the folder holds another model."""
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if config.get("model_type") != "vit_mae":
+        raise WeightsError(f"weights {mae.weights}: a {config.get('model_type')} model; --encoder mae needs vit_mae.")
+    model = ViTMAEForPreTraining.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    return model.eval().requires_grad_(False)

@@ -1,0 +1,64 @@
+"""From image bytes to pixels: a defined conversion for every mode, and the views that both encoders share."""
+
+import io
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+
+class BadImage(Exception):
+    """The bytes are not a usable picture; the message is the reason for the dead letter."""
+
+
+def decode(content: bytes, max_pixels: int) -> Image.Image:
+    """Decodes image bytes to RGB: frame 0, EXIF orientation applied, alpha over white, 16 bits scaled to 8.
+
+    Raises: BadImage with the reason; a picture above `max_pixels` is refused from its header.
+    """
+    if not content:
+        raise BadImage("the file is empty")
+    try:
+        image = Image.open(io.BytesIO(content))
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise BadImage(f"not a picture: {_reason(error)}") from None
+    if image.width * image.height > max_pixels:
+        raise BadImage(f"{image.width} x {image.height} pixels are more than max_image_pixels = {max_pixels}")
+    try:
+        image.seek(0)
+        image.load()
+        image = ImageOps.exif_transpose(image)
+        return _rgb(image)
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise BadImage(f"cannot be decoded: {_reason(error)}") from None
+
+
+def _reason(error: BaseException) -> str:
+    text = str(error).partition("<")[0].strip() or type(error).__name__
+    return " ".join(text.split())
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):  # 16 bits per pixel; Pillow's own convert would clip at 255
+        pixels = np.asarray(image).astype(np.float64)
+        return Image.fromarray(np.clip(pixels / 257, 0, 255).round().astype(np.uint8)).convert("RGB")
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def evaluation_view(image: Image.Image, side: int) -> np.ndarray:
+    """View 0: the whole picture resized to `side` x `side` (bicubic, no crop); uint8 [3, side, side].
+
+    Source: LAVIS BlipImageEvalProcessor.
+    """
+    resized = image if image.size == (side, side) else image.resize((side, side), Image.Resampling.BICUBIC)
+    return np.ascontiguousarray(np.asarray(resized, np.uint8).transpose(2, 0, 1))
+
+
+def normalise(pixels: np.ndarray, mean: tuple[float, float, float], std: tuple[float, float, float]) -> np.ndarray:
+    """uint8 [B, 3, S, S] -> float32 [B, 3, S, S], scaled to 0..1, minus mean, divided by std."""
+    shift = np.array(mean, np.float32)[:, None, None]
+    scale = np.array(std, np.float32)[:, None, None]
+    return (pixels.astype(np.float32) / 255 - shift) / scale

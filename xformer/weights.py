@@ -1,0 +1,70 @@
+"""Where weights are: inside the package, in a local folder, or on the Hugging Face hub at a pinned revision."""
+
+import hashlib
+from functools import cache
+from pathlib import Path
+
+from xformer.errors import WeightsError
+
+EMBEDDED = Path(__file__).resolve().parent / "tiny"
+
+
+def resolve(spec: str, needed: tuple[str, ...]) -> Path:
+    """The local folder of `spec`, with all `needed` files in it.
+
+    Args:
+        spec: `embedded:NAME`, `hub:OWNER/NAME@REVISION`, or a local folder.
+        needed: file names; a tuple entry "a|b" is satisfied by either.
+
+    Raises: WeightsError, which says which file is missing and how to get it.
+    """
+    kind, _, rest = spec.partition(":")
+    if kind == "embedded":
+        folder = EMBEDDED / rest
+        help_text = "install the package again"
+    elif kind == "hub":
+        return _from_hub(rest, needed)
+    else:
+        folder = Path(spec)
+        help_text = "give --weights a folder that holds it, or hub:OWNER/NAME@REVISION"
+    for names in needed:
+        if not any((folder / name).is_file() for name in names.split("|")):
+            raise WeightsError(f"weights {spec}: {folder / names.split('|')[0]} is missing; {help_text}.")
+    return folder
+
+
+def _from_hub(spec: str, needed: tuple[str, ...]) -> Path:
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+
+    repository, _, revision = spec.partition("@")
+    folder = None
+    for names in needed:
+        for name in names.split("|"):
+            try:
+                folder = Path(hf_hub_download(repository, name, revision=revision or None)).parent
+                break
+            except LocalEntryNotFoundError:
+                pass  # no network and not in the cache
+            except EntryNotFoundError:
+                pass
+            except (HfHubHTTPError, OSError):
+                pass
+        else:
+            raise WeightsError(
+                f"weights hub:{spec}: {names.split('|')[0]} is neither in the local cache nor reachable; on a machine "
+                f"with a network run: hf download {repository}" + (f" --revision {revision}" if revision else "") + ", "
+                "copy the folder here, and give its path instead."
+            )
+    assert folder is not None
+    return folder
+
+
+@cache
+def sha256_of(file: Path) -> str:
+    """The sha256 of a weights file, read once per process."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
