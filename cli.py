@@ -1,0 +1,339 @@
+"""The command line. Every command is one call; heavy imports happen inside it, so that --help is quick."""
+
+import errno
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from xformer.errors import UserError
+
+app = typer.Typer(
+    name="xformer",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="X-Former (ECCV 2024): frozen encoders run once into a Zarr store, light trainers read it again and again.\n\n"
+    "A first run in an empty folder:  xformer extract --encoder clip ; xformer extract --encoder mae ;  "
+    "xformer train --stage 1 --features store.zarr ; xformer train --stage 2 --features store.zarr ; "
+    "xformer eval vqav2.  All of it at once: xformer demo --out demo",
+)
+corpus_app = typer.Typer(no_args_is_help=True, help="Draw the embedded corpus, or look at what a corpus holds.")
+store_app = typer.Typer(no_args_is_help=True, help="Look at a feature store and check every byte of it.")
+app.add_typer(corpus_app, name="corpus")
+app.add_typer(store_app, name="store")
+
+
+class Encoder(StrEnum):
+    clip = "clip"
+    mae = "mae"
+
+
+class Pretrained(StrEnum):
+    clip = "clip"
+    mae = "mae"
+    llm = "llm"
+    text = "text"
+
+
+class Model(StrEnum):
+    xformer = "xformer"
+    qformer = "qformer"
+
+
+class Benchmark(StrEnum):
+    vqav2 = "vqav2"
+    oc = "oc"
+    mci = "mci"
+
+
+Preset = Annotated[str, typer.Option(help="tiny (a laptop, embedded weights) or paper.")]
+Config = Annotated[Path | None, typer.Option(help="A YAML file laid out as stages.yaml, holding any part of it.")]
+Set = Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. train.lr=1e-4; may be repeated.")]
+Seed = Annotated[int | None, typer.Option(help="Replaces the settings' seed.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="Only errors and results as JSON.")]
+Store = Annotated[Path, typer.Option(help="The feature store.")]
+
+
+def _settings(preset: str, config: Path | None, overrides: list[str] | None, seed: int | None, quiet: bool):
+    from xformer import console
+    from xformer.settings import load_settings
+
+    console.set_quiet(quiet)
+    return load_settings(preset, config, overrides or [], seed)
+
+
+@corpus_app.command("shapes")
+def corpus_shapes(
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    train: Annotated[int | None, typer.Option(help="Training pictures.")] = None,
+    val: Annotated[int | None, typer.Option(help="Validation pictures, with questions.")] = None,
+    preset: Preset = "tiny",
+    config: Config = None,
+    set_: Set = None,
+    seed: Seed = None,
+    quiet: Quiet = False,
+) -> None:
+    """Draw the embedded corpus: pictures of coloured shapes, captions, and questions in the real formats."""
+    settings = _settings(preset, config, set_, seed, quiet)
+    from pipeline.shapes import write_shapes
+    from xformer.console import table
+
+    report = write_shapes(
+        out,
+        settings.corpus.train if train is None else train,
+        settings.corpus.val if val is None else val,
+        settings.seed,
+        settings.image_size if preset == "tiny" else 224,
+    )
+    table(f"shapes corpus in {out}", ("what", "count"), report.items())
+
+
+@corpus_app.command("info")
+def corpus_info(
+    source: Annotated[Path, typer.Argument(help="A shapes folder, a COCO caption JSON, or a folder of pictures.")],
+    images: Annotated[Path | None, typer.Option(help="The pictures of a caption file.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Read a whole corpus: images, captions, and every broken file with its reason."""
+    settings = _settings("tiny", None, None, None, quiet)
+    from pipeline.survey import survey
+
+    survey(source, images, settings.corpus.max_image_pixels, json_file)
+
+
+@app.command()
+def pretrain(
+    what: Annotated[Pretrained, typer.Argument(help="Which tiny frozen model to make again.")],
+    corpus: Annotated[Path, typer.Option(help="A shapes corpus.")],
+    out: Annotated[Path, typer.Option(help="Folder for weights and card.")],
+    steps: Annotated[int | None, typer.Option(help="Training steps; left out, what the shipped weights had.")] = None,
+    preset: Preset = "tiny",
+    config: Config = None,
+    set_: Set = None,
+    seed: Seed = None,
+    quiet: Quiet = False,
+) -> None:
+    """Make one of the embedded frozen models again (clip, mae, llm), or the text tokenizer."""
+    settings = _settings(preset, config, set_, seed, quiet)
+    more = {} if steps is None else {"steps": steps}
+    if what is Pretrained.clip:
+        from pipeline.pretrain_clip import pretrain_clip
+
+        pretrain_clip(corpus, out, settings.clip, settings.image_size, settings.seed, **more)
+    elif what is Pretrained.mae:
+        from pipeline.pretrain_mae import pretrain_mae
+
+        pretrain_mae(corpus, out, settings.mae, settings.image_size, settings.seed, **more)
+    elif what is Pretrained.llm:
+        from pipeline.pretrain_llm import pretrain_llm
+
+        pretrain_llm(corpus, out, settings.seed, **more)
+    else:
+        from pipeline.pretrain_text import write_text_tokenizer
+
+        write_text_tokenizer(corpus, out)
+
+
+@app.command()
+def extract(
+    encoder: Annotated[list[Encoder], typer.Option(help="clip, mae, or both (repeat the option).")],
+    corpus: Annotated[Path | None, typer.Option(help="The corpus; left out, the shapes corpus in ./shapes.")] = None,
+    images: Annotated[Path | None, typer.Option(help="The pictures of a caption file.")] = None,
+    store: Store = Path("store.zarr"),
+    draws: Annotated[int | None, typer.Option(min=1, help="Mask draws to store; epoch e reads draw e mod K.")] = None,
+    mask_ratio: Annotated[float | None, typer.Option(help="Share of patches the MAE does not see; 0 = none.")] = None,
+    layers: Annotated[str | None, typer.Option(help="CLIP blocks to cache, 1-based, e.g. 39,26,28,30.")] = None,
+    shard_rows: Annotated[int | None, typer.Option(min=1, help="Images per shard: one unit of work.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images of the corpus.")] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Dask worker processes on this machine.")] = None,
+    gpus: Annotated[bool, typer.Option("--gpus", help="Each worker uses one CUDA device.")] = False,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask scheduler.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Folder, embedded:NAME, or hub:OWNER/NAME@REVISION.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report here.")] = None,
+    preset: Preset = "tiny",
+    config: Config = None,
+    set_: Set = None,
+    seed: Seed = None,
+    quiet: Quiet = False,
+) -> None:
+    """Run frozen encoders once over a corpus, into the store. Rerunning does only what is missing."""
+    overrides = list(set_ or [])
+    if layers is not None:
+        overrides.append(f"clip.layers=[{layers}]")
+    for key, value in (("mae.draws", draws), ("mae.mask_ratio", mask_ratio), ("store.shard_rows", shard_rows)):
+        overrides += [] if value is None else [f"{key}={value}"]
+    if weights is not None:
+        overrides += [f"{kind.value}.weights={weights}" for kind in encoder]
+    settings = _settings(preset, config, overrides, seed, quiet)
+    from pipeline.shapes import ensure_shapes
+
+    if corpus is None:
+        corpus = ensure_shapes(Path("shapes"), settings)
+    from pipeline.extract import extract as run
+    from xformer.console import report_extraction
+
+    kinds = list(dict.fromkeys(kind.value for kind in encoder))
+    report = run(corpus, images, store, kinds, settings, limit, workers=workers, scheduler=scheduler, gpus=gpus)
+    report_extraction(report, json_file)
+
+
+@store_app.command("info")
+def store_info(
+    store: Annotated[Path, typer.Argument()],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Arrays, shapes, bytes, committed shards, seconds of encoding, and dead letters."""
+    _settings("tiny", None, None, None, quiet)
+    from pipeline.store import describe
+    from xformer.console import report_store
+
+    report_store(describe(store), json_file)
+
+
+@store_app.command("verify")
+def store_verify(
+    store: Annotated[Path, typer.Argument()],
+    repair: Annotated[bool, typer.Option("--repair", help="Withdraw damaged shards, so that extract redoes them.")] = False,
+    quiet: Quiet = False,
+) -> None:
+    """Compare every byte of every committed shard with its record."""
+    _settings("tiny", None, None, None, quiet)
+    from pipeline.store import verify
+    from xformer.console import say
+    from xformer.errors import StoreError
+
+    problems = verify(store, repair)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if problems and not repair:
+        raise StoreError(f"{len(problems)} shards of {store} are damaged; run: xformer store verify {store} --repair")
+    say(f"{store}: {f'{len(problems)} shards withdrawn; extract again' if problems else 'every committed shard is intact'}")
+
+
+@app.command()
+def train(
+    stage: Annotated[int, typer.Option(min=1, max=2, help="1: ITC + ITM + ITG + reconstruction; 2: align with the LLM.")],
+    features: Annotated[Path, typer.Option(help="The feature store.")],
+    out: Annotated[Path | None, typer.Option(help="Run folder; left out, runs/stage1 or runs/stage2.")] = None,
+    init: Annotated[Path | None, typer.Option(help="Stage 2: the stage-1 run; left out, runs/stage1.")] = None,
+    model: Annotated[Model | None, typer.Option(help="Left out: xformer, or what the stage-1 run was.")] = None,
+    llm: Annotated[str | None, typer.Option(help="Stage 2: weights of another frozen OPT.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
+    preset: Preset = "tiny",
+    config: Config = None,
+    set_: Set = None,
+    seed: Seed = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train on cached features; on several GPUs: accelerate launch --no_python xformer train ..."""
+    overrides = list(set_ or []) + ([] if llm is None else [f"llm.weights={llm}"])
+    settings = _settings(preset, config, overrides, seed, quiet)
+    from xformer.train import train_stage1, train_stage2
+
+    if stage == 1:
+        train_stage1(features, out or Path("runs/stage1"), settings, model.value if model else "xformer", resume)
+    else:
+        chosen = model.value if model else None
+        train_stage2(features, init or Path("runs/stage1"), out or Path("runs/stage2"), settings, chosen, resume)
+
+
+@app.command("eval")
+def evaluate(
+    benchmark: Annotated[Benchmark, typer.Argument()],
+    checkpoint: Annotated[Path | None, typer.Option(help="A stage-2 run; left out, runs/stage2.")] = None,
+    features: Annotated[Path | None, typer.Option(help="Answer from this store; left out, store.zarr.")] = None,
+    images: Annotated[Path | None, typer.Option(help="Answer from pictures, encoded on the fly.")] = None,
+    questions: Annotated[Path | None, typer.Option(help="Left out: those of the shapes corpus.")] = None,
+    annotations: Annotated[Path | None, typer.Option(help="VQAv2 annotations.")] = None,
+    results: Annotated[Path | None, typer.Option(help="Score this results file; no model is needed.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N questions.")] = None,
+    allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Score even if answers are missing.")] = False,
+    blind: Annotated[bool, typer.Option("--blind/--no-blind", help="Also let the LLM answer without an image.")] = True,
+    out: Annotated[Path | None, typer.Option(help="Folder for scores.json; left out, eval/<benchmark>.")] = None,
+    preset: Preset = "tiny",
+    config: Config = None,
+    set_: Set = None,
+    seed: Seed = None,
+    quiet: Quiet = False,
+) -> None:
+    """Answer a benchmark zero-shot and score it, beside the constant answer and the blind language model."""
+    _settings(preset, config, set_, seed, quiet)
+    from xformer.evaluation.run import evaluate as run
+
+    source = None
+    if images is not None:
+        source = _encode_images(images, checkpoint or Path("runs/stage2"), questions)
+    run(
+        benchmark.value, checkpoint or Path("runs/stage2"), source or features or Path("store.zarr"), questions,
+        annotations, results, out or Path("eval") / benchmark.value, list(set_ or []), limit, allow_partial, blind,
+    )  # fmt: skip
+
+
+def _encode_images(folder: Path, checkpoint: Path, questions: Path | None):
+    """The same path as with a store: extract into a temporary one, then answer from its features."""
+    from pipeline.temporary import temporary_store
+
+    return temporary_store(folder, checkpoint, questions)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("demo"),
+    preset: Preset = "tiny",
+    config: Config = None,
+    set_: Set = None,
+    seed: Seed = None,
+    quiet: Quiet = False,
+) -> None:
+    """The whole method on this machine: corpus, features, both models, both stages, scores, pictures."""
+    settings = _settings(preset, config, set_, seed, quiet)
+    from pipeline.demo import run_demo
+
+    run_demo(out, settings, list(set_ or []) + ([] if config is None else []), config, main)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line; a user's mistake is one sentence on stderr and an exit code that is not 0."""
+    code = 0
+    try:
+        app(args=arguments, standalone_mode=False)
+    except UserError as error:
+        print(f"xformer: {error}", file=sys.stderr)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("xformer: stopped; what was committed stays, run the same command again to go on.", file=sys.stderr)
+        code = 130
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+            raise
+        where = f" at {error.filename}" if error.filename else ""
+        print(
+            f"xformer: {os.strerror(error.errno)}{where}; what was committed stays: mend that and run again.",
+            file=sys.stderr,
+        )
+        code = 3
+    except Exception as error:
+        import click
+
+        if not isinstance(error, click.ClickException | click.exceptions.Abort | click.exceptions.Exit):
+            raise
+        if isinstance(error, click.exceptions.Exit):
+            code = error.exit_code
+        elif isinstance(error, click.ClickException):
+            error.show()
+            code = error.exit_code
+        else:
+            code = 130
+    if code:
+        raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

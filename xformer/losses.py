@@ -1,0 +1,81 @@
+"""The four losses of stage 1 as pure functions on tensors (X-Former, section 3.2; LAVIS blip2_qformer.py)."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ITM_CONSTANT = 0.6365141682948128  # loss of the predictor that says 1/3 always: the entropy of (1/3, 2/3)
+
+
+def similarity(queries: Tensor, texts: Tensor) -> Tensor:
+    """Normalised queries [I, Q, P] and texts [T, P] -> [I, T], the maximum over queries."""
+    return torch.einsum("iqp,tp->itq", queries, texts).amax(-1)
+
+
+def itc(
+    queries: Tensor, texts: Tensor, all_queries: Tensor, all_texts: Tensor, temperature: Tensor, same: Tensor,
+    smoothing: float,
+) -> Tensor:  # fmt: skip
+    """Image-text contrastive loss over the gathered batch.
+
+    Args:
+        queries: [B, Q, P] of this rank, normalised; texts: [B, P].
+        all_queries: [G, Q, P] of all ranks in rank order; all_texts: [G, P].
+        same: bool [B, G], true where the columns show this row's image or say the same; several are all positives.
+        smoothing: label smoothing (LAVIS: 0.1).
+    """
+    targets = same.float() / same.sum(1, keepdim=True)
+    targets = targets * (1 - smoothing) + smoothing / same.shape[1]
+    to_text = similarity(queries, all_texts) / temperature
+    to_image = similarity(all_queries, texts).T / temperature
+    return -((targets * to_text.log_softmax(1)).sum(1) + (targets * to_image.log_softmax(1)).sum(1)).mean() / 2
+
+
+def hard_negatives(similarities: Tensor, same: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """One negative column per row, drawn from softmax(similarities).
+
+    Args:
+        similarities: [B, G], scaled by the temperature; zeros draw uniformly.
+        same: bool [B, G], never drawn.
+
+    Returns: columns int64 [B] and bool [B], false where a row has no eligible column.
+    """
+    logits = similarities.float().masked_fill(same, float("-inf"))
+    eligible = ~same.all(1)
+    weights = torch.where(eligible[:, None], logits.softmax(1), torch.ones_like(logits))
+    weights = weights.masked_fill(same & eligible[:, None], 0).clamp(min=0)
+    weights = weights + (weights.sum(1, keepdim=True) == 0) * (~same)  # all eligible ones underflowed: draw evenly
+    columns = torch.multinomial(weights.cpu(), 1, generator=generator)[:, 0]
+    return columns.to(similarities.device), eligible
+
+
+def itm(logits: Tensor, labels: Tensor) -> Tensor:
+    """Image-text matching: logits [N, Q, 2] averaged over the queries, labels int64 [N]."""
+    return F.cross_entropy(logits.mean(1).float(), labels)
+
+
+def itg(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+    """Image-grounded text generation: logits [B, T, V] for labels int64 [B, T], -100 = no loss."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, label_smoothing=smoothing)
+
+
+def patchify(pixels: Tensor, patch: int) -> Tensor:
+    """[B, 3, S, S] -> [B, patches in raster order, patch * patch * 3], channels last (mae models_mae.py)."""
+    b, c, s, _ = pixels.shape
+    n = s // patch
+    return pixels.reshape(b, c, n, patch, n, patch).permute(0, 2, 4, 3, 5, 1).reshape(b, n * n, patch * patch * c)
+
+
+def reconstruction(predicted: Tensor, pixels: Tensor, kept: Tensor, patch: int, norm_pix: bool) -> Tensor:
+    """The MAE loss: mean squared error on masked patches only (He et al. 2022; models_mae.py forward_loss).
+
+    Args:
+        predicted: [B, patches, patch * patch * 3]; pixels: [B, 3, S, S], normalised as the MAE was trained.
+        kept: bool [B, patches], true = visible, carries no loss.
+        norm_pix: targets normalised per patch with the unbiased variance + 1e-6.
+    """
+    target = patchify(pixels.float(), patch)
+    if norm_pix:
+        target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
+    masked = ~kept
+    return ((predicted.float() - target) ** 2).mean(-1)[masked].mean()
