@@ -171,15 +171,15 @@ def extract(
     if weights is not None:
         overrides += [f"{kind.value}.weights={weights}" for kind in encoder]
     settings = _settings(preset, config, overrides, seed, quiet)
+    from pipeline.corpora import open_corpus
     from pipeline.shapes import ensure_shapes
-
-    if corpus is None:
-        corpus = ensure_shapes(Path("shapes"), settings)
-    from pipeline.extract import extract as run
-    from xformer.console import report_extraction
+    from pipeline.survey import report_extraction
 
     kinds = list(dict.fromkeys(kind.value for kind in encoder))
-    report = run(corpus, images, store, kinds, settings, limit, workers=workers, scheduler=scheduler, gpus=gpus)
+    source = open_corpus(corpus or ensure_shapes(Path("shapes"), settings), images)
+    from pipeline.extract import extract as run
+
+    report = run(source, store, kinds, settings, limit, workers=workers, scheduler=scheduler, gpus=gpus)
     report_extraction(report, json_file)
 
 
@@ -192,7 +192,7 @@ def store_info(
     """Arrays, shapes, bytes, committed shards, seconds of encoding, and dead letters."""
     _settings("tiny", None, None, None, quiet)
     from pipeline.store import describe
-    from xformer.console import report_store
+    from pipeline.survey import report_store
 
     report_store(describe(store), json_file)
 
@@ -200,7 +200,9 @@ def store_info(
 @store_app.command("verify")
 def store_verify(
     store: Annotated[Path, typer.Argument()],
-    repair: Annotated[bool, typer.Option("--repair", help="Withdraw damaged shards, so that extract redoes them.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Withdraw damaged shards, so that extract redoes them.")
+    ] = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare every byte of every committed shard with its record."""
@@ -214,13 +216,17 @@ def store_verify(
         print(problem, file=sys.stderr)
     if problems and not repair:
         raise StoreError(f"{len(problems)} shards of {store} are damaged; run: xformer store verify {store} --repair")
-    say(f"{store}: {f'{len(problems)} shards withdrawn; extract again' if problems else 'every committed shard is intact'}")
+    say(
+        f"{store}: {f'{len(problems)} shards withdrawn; extract again' if problems else 'every committed shard is intact'}"
+    )
 
 
 @app.command()
 def train(
-    stage: Annotated[int, typer.Option(min=1, max=2, help="1: ITC + ITM + ITG + reconstruction; 2: align with the LLM.")],
-    features: Annotated[Path, typer.Option(help="The feature store.")],
+    stage: Annotated[
+        int, typer.Option(min=1, max=2, help="1: ITC + ITM + ITG + reconstruction; 2: align with the LLM.")
+    ],
+    features: Annotated[list[Path], typer.Option(help="A feature store; may be repeated.")],
     out: Annotated[Path | None, typer.Option(help="Run folder; left out, runs/stage1 or runs/stage2.")] = None,
     init: Annotated[Path | None, typer.Option(help="Stage 2: the stage-1 run; left out, runs/stage1.")] = None,
     model: Annotated[Model | None, typer.Option(help="Left out: xformer, or what the stage-1 run was.")] = None,
@@ -294,20 +300,25 @@ def demo(
 ) -> None:
     """The whole method on this machine: corpus, features, both models, both stages, scores, pictures."""
     settings = _settings(preset, config, set_, seed, quiet)
-    from pipeline.demo import run_demo
+    from xformer.demo import run_demo
 
-    run_demo(out, settings, list(set_ or []) + ([] if config is None else []), config, main)
+    run_demo(out, settings, config, list(set_ or []), run_command)
+
+
+def run_command(arguments: list[str]) -> None:
+    """One command line inside this process. Raises what the command raises."""
+    app(args=arguments, standalone_mode=False)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; a user's mistake is one sentence on stderr and an exit code that is not 0."""
     code = 0
     try:
-        app(args=arguments, standalone_mode=False)
+        code = app(args=arguments, standalone_mode=False) or 0
     except UserError as error:
         print(f"xformer: {error}", file=sys.stderr)
         code = error.exit_code
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):
         print("xformer: stopped; what was committed stays, run the same command again to go on.", file=sys.stderr)
         code = 130
     except OSError as error:
@@ -320,17 +331,11 @@ def main(arguments: list[str] | None = None) -> None:
         )
         code = 3
     except Exception as error:
-        import click
-
-        if not isinstance(error, click.ClickException | click.exceptions.Abort | click.exceptions.Exit):
+        show = getattr(error, "show", None)  # Typer's own usage errors know how to show themselves
+        if not callable(show):
             raise
-        if isinstance(error, click.exceptions.Exit):
-            code = error.exit_code
-        elif isinstance(error, click.ClickException):
-            error.show()
-            code = error.exit_code
-        else:
-            code = 130
+        show()
+        code = getattr(error, "exit_code", 2)
     if code:
         raise SystemExit(code)
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import images, masks, store
-from pipeline.corpora import Corpus, open_corpus
+from pipeline.corpora import Corpus
 from pipeline.index import Index, write_index
 from xformer.console import progress, say
 from xformer.errors import CorpusError, StoreError
@@ -70,7 +70,15 @@ def declare(path: Path, index: Index, kind: str, settings: Settings, whole: bool
 
 
 def encode_shard(
-    path: str, shard: int, names: list[str], kind: str, settings_json: str, root: str, threads: int, gpus: bool, worker: int
+    path: str,
+    shard: int,
+    names: list[str],
+    kind: str,
+    settings_json: str,
+    root: str,
+    threads: int,
+    gpus: bool,
+    worker: int,
 ) -> dict[str, Any]:
     """Encodes and commits one shard; runs in a worker. Returns its number, rows, dead letters and seconds."""
     import torch
@@ -177,8 +185,7 @@ def plan_index(path: Path, corpus: Corpus, settings: Settings, limit: int | None
 
 
 def extract(
-    source: Path,
-    image_root: Path | None,
+    corpus: Corpus,
     path: Path,
     kinds: list[str],
     settings: Settings,
@@ -189,7 +196,7 @@ def extract(
     gpus: bool = False,
     in_process: bool = False,
 ) -> dict[str, Any]:
-    """Fills `path` with the features of `source`. Returns what was done.
+    """Fills `path` with the features of a corpus. Returns what was done.
 
     Args:
         kinds: "clip", "mae", or both.
@@ -198,9 +205,8 @@ def extract(
 
     Raises: CorpusError, StoreError, WeightsError.
     """
-    corpus = open_corpus(source, image_root)
     started = time.perf_counter()
-    report: dict[str, Any] = {"store": str(path), "corpus": str(source), "encoders": {}}
+    report: dict[str, Any] = {"store": str(path), "corpus": str(corpus.root), "encoders": {}}
     with store.owner(path):
         index = plan_index(path, corpus, settings, limit)
         planned_dead = index.description["dead"]

@@ -69,9 +69,7 @@ def read_answers(
     newline = tokenizer.encode("\n", add_special_tokens=False)[0]
     for start in range(0, len(questions), 100):
         part = slice(start, start + 100)
-        texts = [
-            f"{p}</s>{PROMPT.format(q)}" for p, q in zip(prefixes[part], questions[part], strict=True)
-        ]
+        texts = [f"{p}</s>{PROMPT.format(q)}" for p, q in zip(prefixes[part], questions[part], strict=True)]
         batch = tokenizer(texts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False)
         ids, mask = batch["input_ids"], batch["attention_mask"]
         output = model.generate(

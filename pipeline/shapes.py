@@ -17,7 +17,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from pipeline import shapes_text
+from xformer.console import say
 from xformer.errors import CorpusError
+from xformer.settings import Settings
 
 KINDS = ("circle", "square", "triangle", "cross")
 COLOURS = {
@@ -166,6 +168,14 @@ def write_shapes(out: Path, train: int, val: int, seed: int, side: int = 64) -> 
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report
+
+
+def ensure_shapes(out: Path, settings: Settings) -> Path:
+    """The default corpus: draws it into `out` unless it is there already."""
+    if not (out / MARKER).is_file():
+        say(f"drawing the shapes corpus into {out}")
+        write_shapes(out, settings.corpus.train, settings.corpus.val, settings.seed, settings.image_size)
+    return out
 
 
 def _write_split(folder: Path, split: str, count: int, seed: int, side: int) -> dict[str, int]:

@@ -98,7 +98,14 @@ def create_array(
 
 
 def write_shard(
-    store: Path, name: str, index: Index, shard: int, block: np.ndarray, ids: list[str], dead: list[dict], seconds: float
+    store: Path,
+    name: str,
+    index: Index,
+    shard: int,
+    block: np.ndarray,
+    ids: list[str],
+    dead: list[dict],
+    seconds: float,
 ) -> None:
     """Writes one whole shard and publishes its commit record last.
 
@@ -202,9 +209,9 @@ class FeatureArray:
             raise self._damaged(shard, f"row {row} is missing")
         chunk = np.frombuffer(mapped, np.uint8, self.row_bytes, offset)
         (expected,) = struct.unpack_from("<I", mapped, offset + self.row_bytes)
-        np.copyto(out, chunk)
-        if google_crc32c.value(out.data) != expected:
+        if google_crc32c.value(chunk) != expected:
             raise self._damaged(shard, f"row {row} fails its crc32c")
+        np.copyto(out, chunk)
 
     def _shard(self, shard: int) -> tuple[mmap.mmap, np.ndarray]:
         if shard in self._open:
@@ -309,5 +316,3 @@ def describe(store: Path) -> dict[str, Any]:
         for record in array.commits.values():
             dead |= {d["row"]: d for d in record["dead"]}
     return {"store": str(store), **opened.index.description, "dead": list(dead.values()), "arrays": arrays}
-
-

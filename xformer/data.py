@@ -46,7 +46,9 @@ class Cache:
         self.kept: list[FeatureArray] = []
         self.pixels: FeatureArray | None = None
         if self.clip.shape[-1] != settings.clip.width:
-            raise StoreError(f"{path}: clip tokens are {self.clip.shape[-1]} wide, the settings say {settings.clip.width}.")
+            raise StoreError(
+                f"{path}: clip tokens are {self.clip.shape[-1]} wide, the settings say {settings.clip.width}."
+            )
         if model == "xformer":
             self._open_mae(path, settings.mae)
             if pixels and self.kept:
@@ -70,7 +72,9 @@ class Cache:
                 self.kept.append(self._open(f"mae/draw-{draw}/kept"))
             have = self.mae[0].attributes["usage"]["mask_ratio"]
             if have != mae.mask_ratio:
-                raise StoreError(f"{path}: made with mask_ratio {have}, the settings say mae.mask_ratio {mae.mask_ratio}.")
+                raise StoreError(
+                    f"{path}: made with mask_ratio {have}, the settings say mae.mask_ratio {mae.mask_ratio}."
+                )
         if self.mae[0].shape[-1] != mae.width:
             raise StoreError(f"{path}: mae tokens are {self.mae[0].shape[-1]} wide, the settings say {mae.width}.")
 

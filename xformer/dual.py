@@ -56,7 +56,13 @@ class DualCrossAttention(nn.Module):
     """
 
     def __init__(
-        self, local_width: int, query_width: int, heads: int, depth: int = 1, ffn_ratio: int = 4, ffn_block2: bool = False
+        self,
+        local_width: int,
+        query_width: int,
+        heads: int,
+        depth: int = 1,
+        ffn_ratio: int = 4,
+        ffn_block2: bool = False,
     ) -> None:
         super().__init__()
         self.layers = nn.ModuleList()

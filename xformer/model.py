@@ -82,7 +82,9 @@ class Stage1(nn.Module):
         text = self.text_proj(self.xformer.qformer.text(ids, mask)[:, 0])
         return F.normalize(self.vision_proj(enhanced), dim=-1), F.normalize(text, dim=-1)
 
-    def forward(self, batch: Batch, hard: bool, generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def forward(
+        self, batch: Batch, hard: bool, generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """One step. Returns the losses by name and detached measurements.
 
         Args:
@@ -101,9 +103,7 @@ class Stage1(nn.Module):
         rows, texts = gather(batch.rows), gather(batch.texts)
         same = (batch.rows[:, None] == rows) | (batch.texts[:, None] == texts)
         found = {
-            "itc": losses.itc(
-                image_embedding, text_embedding, all_images, all_texts, temperature, same, self.smoothing
-            )
+            "itc": losses.itc(image_embedding, text_embedding, all_images, all_texts, temperature, same, self.smoothing)
         }
         with torch.no_grad():
             to_text = losses.similarity(image_embedding, all_texts) / temperature
@@ -147,11 +147,16 @@ class Stage1(nn.Module):
         ids, mask = _gather_texts(batch.ids, batch.mask)
         keep = torch.cat([torch.ones_like(image_ok), image_ok, text_ok])
         triples = [
-            None if a is None or n is None else (torch.cat([a[0], n[0], a[0]])[keep], torch.cat([a[1], n[1], a[1]])[keep])
+            None
+            if a is None or n is None
+            else (torch.cat([a[0], n[0], a[0]])[keep], torch.cat([a[1], n[1], a[1]])[keep])
             for a, n in zip(image, other, strict=True)
         ]
         width = ids.shape[1]
-        own_ids, own_mask = F.pad(batch.ids, (0, width - batch.ids.shape[1])), F.pad(batch.mask, (0, width - batch.mask.shape[1]))
+        own_ids, own_mask = (
+            F.pad(batch.ids, (0, width - batch.ids.shape[1])),
+            F.pad(batch.mask, (0, width - batch.mask.shape[1])),
+        )
         all_ids = torch.cat([own_ids, own_ids, ids[negative_text]])[keep]
         all_mask = torch.cat([own_mask, own_mask, mask[negative_text]])[keep]
         matched = self.xformer.qformer.joint(triples, all_ids, all_mask)

@@ -72,7 +72,12 @@ class Layer(nn.Module):
         self.text_ffn = FeedForward(width, intermediate, dropout) if text else None
 
     def forward(
-        self, hidden: Tensor, n_queries: int, image: KeysValues | None, allowed: Tensor | None, prefix: KeysValues | None
+        self,
+        hidden: Tensor,
+        n_queries: int,
+        image: KeysValues | None,
+        allowed: Tensor | None,
+        prefix: KeysValues | None,
     ) -> tuple[Tensor, KeysValues]:
         """hidden [B, n_queries + T, W]; returns it and this layer's own self-attention keys and values."""
         own = self.attention.keys_values(hidden)

@@ -4,7 +4,6 @@ Precedence: the preset's defaults < the file given with --config < --set key=val
 impossible value is one sentence that names the key.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -283,7 +282,10 @@ def _override(assignment: str) -> list[dict]:
 
 
 def load_settings(
-    preset: str = "tiny", config: Path | None = None, overrides: tuple[str, ...] | list[str] = (), seed: int | None = None
+    preset: str = "tiny",
+    config: Path | None = None,
+    overrides: tuple[str, ...] | list[str] = (),
+    seed: int | None = None,
 ) -> Settings:
     """Resolves the settings of one run.
 
@@ -325,6 +327,10 @@ def settings_from(values: dict[str, Any], where: str) -> Settings:
         raise SettingsError(f"{where}: {key}: {message}{got}.") from None
 
 
-def load_saved(path: Path) -> Settings:
-    """Reads the settings saved with a run (`settings.json`)."""
-    return settings_from(json.loads(path.read_text(encoding="utf-8")), str(path))
+def with_overrides(settings: Settings, overrides: tuple[str, ...] | list[str]) -> Settings:
+    """Resolved settings with `key=value` texts on top. Raises SettingsError."""
+    values = settings.dump()
+    for assignment in overrides:
+        for tree in _override(assignment):
+            values = _merge(values, tree, f"--set {assignment}")
+    return settings_from(values, "settings")

@@ -18,6 +18,7 @@ def resolve(spec: str, needed: tuple[str, ...]) -> Path:
 
     Raises: WeightsError, which says which file is missing and how to get it.
     """
+    _silence_transformers()
     kind, _, rest = spec.partition(":")
     if kind == "embedded":
         folder = EMBEDDED / rest
@@ -31,6 +32,14 @@ def resolve(spec: str, needed: tuple[str, ...]) -> Path:
         if not any((folder / name).is_file() for name in names.split("|")):
             raise WeightsError(f"weights {spec}: {folder / names.split('|')[0]} is missing; {help_text}.")
     return folder
+
+
+def _silence_transformers() -> None:
+    """Its own progress bars say nothing that a person waits for."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
 
 
 def _from_hub(spec: str, needed: tuple[str, ...]) -> Path:

@@ -1,0 +1,53 @@
+"""A stage-2 run ready to answer, and where the images of a benchmark lie in a store."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xformer import checkpoint
+from xformer.data import Cache
+from xformer.errors import CheckpointError, EvaluationError
+from xformer.settings import Settings, settings_from, with_overrides
+from xformer.stage2 import Stage2, build_stage2
+
+
+def load_stage2(run: Path, overrides: list[str]) -> tuple[Stage2, dict[str, Any], Settings]:
+    """The newest checkpoint of a stage-2 run, its state, and its settings with overrides (of `eval` only)."""
+    newest = checkpoint.newest(run)
+    state = checkpoint.read_state(newest)
+    if state["stage"] != 2:
+        raise CheckpointError(
+            f"{run} is a stage-1 run; answers need a stage-2 run: xformer train --stage 2 --init {run}"
+        )
+    settings = with_overrides(settings_from(state["settings"], str(newest)), overrides)
+    stage2 = build_stage2(settings, state["model"])
+    checkpoint.load_model(newest, stage2)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return stage2.to(device).eval(), state, settings
+
+
+def rows_of_images(cache: Cache, ids: list[str]) -> tuple[list[int], list[str | None]]:
+    """The row of each image id, and its first caption where it has one.
+
+    Raises: EvaluationError, with the first ids, where images are not in the store or are dead letters.
+    """
+    index = cache.store.index
+    wanted, place = set(ids), {}
+    for row, (key, status) in enumerate(zip(*(index.column("id", "status")[c] for c in ("id", "status")), strict=True)):
+        text = key.as_py()
+        if text in wanted and status.as_py() == "ok" and row not in cache.dead:
+            place[text] = row
+    if missing := sorted(wanted - set(place)):
+        raise EvaluationError(
+            f"{len(missing)} of {len(wanted)} images are not in {cache.store.path} (first: {', '.join(missing[:3])}); "
+            "extract them, or give --images."
+        )
+    caption_rows, captions = index.captions()
+    first: dict[int, str] = {}
+    used = set(place.values())
+    for number, row in enumerate(caption_rows.tolist()):
+        if row in used and row not in first:
+            first[row] = captions[number]
+    rows = [place[key] for key in ids]
+    return rows, [first.get(row) for row in rows]

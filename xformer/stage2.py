@@ -1,0 +1,101 @@
+"""Stage 2 (X-Former, section 3.3): Z' through one linear layer into a frozen OPT; language-model loss only."""
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, OPTForCausalLM
+
+from xformer.errors import WeightsError
+from xformer.losses import reconstruction
+from xformer.model import Batch, XFormer, build_xformer
+from xformer.reconstruction import FrozenDecoder
+from xformer.settings import Settings
+from xformer.text import clean
+from xformer.weights import resolve
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class FrozenLlm(nn.Module):
+    """A frozen OPT with its tokenizer. Text ends at a line break; prompts are padded on the left."""
+
+    def __init__(self, weights: str, dtype: str) -> None:
+        super().__init__()
+        weight_files = "model.safetensors|pytorch_model.bin|model.safetensors.index.json|pytorch_model.bin.index.json"
+        folder = resolve(weights, ("config.json", weight_files, "tokenizer.json|tokenizer_config.json"))
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        self.model = OPTForCausalLM.from_pretrained(folder, local_files_only=True, dtype=DTYPES[dtype])
+        if self.model.config.model_type != "opt":
+            raise WeightsError(f"weights {weights}: a {self.model.config.model_type} model; only OPT is supported.")
+        self.model.eval().requires_grad_(False)
+        self.newline = int(self.tokenizer.encode("\n", add_special_tokens=False)[-1])
+        self.begin, self.pad = int(self.tokenizer.convert_tokens_to_ids("</s>")), int(self.tokenizer.pad_token_id or 1)
+        self.width = int(self.model.get_input_embeddings().weight.shape[1])
+
+    def train(self, mode: bool = True) -> "FrozenLlm":
+        """Stays in evaluation mode: a frozen model drops nothing."""
+        return super().train(False)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        return self.model.get_input_embeddings()(ids)
+
+    def encode(
+        self, texts: list[str], max_tokens: int | None, newline: bool, left: bool, begin: bool = True
+    ) -> tuple[Tensor, Tensor]:
+        """Texts -> ids int64 [B, T], </s> first, and mask bool. Truncation never drops the final line break."""
+        start = [self.begin] if begin else []
+        rows = []
+        for text in texts:
+            ids = [*start, *self.tokenizer.encode(text, add_special_tokens=False)]
+            end = [self.newline] if newline else []
+            rows.append((ids if max_tokens is None else ids[: max_tokens - len(end)]) + end)
+        longest = max(map(len, rows))
+        ids, mask = torch.full((len(rows), longest), self.pad), torch.zeros(len(rows), longest, dtype=torch.bool)
+        for i, row in enumerate(rows):
+            place = slice(longest - len(row), None) if left else slice(0, len(row))
+            ids[i, place], mask[i, place] = torch.tensor(row), True
+        return ids, mask
+
+
+class Stage2(nn.Module):
+    """X-Former without text, one linear layer, a frozen OPT."""
+
+    def __init__(self, xformer: XFormer, llm: FrozenLlm, width: int, decoder: FrozenDecoder | None = None) -> None:
+        super().__init__()
+        self.xformer, self.llm, self.decoder = xformer, llm, decoder
+        self.llm_proj = nn.Linear(width, llm.width)
+
+    def prefix(self, clip: Tensor, local: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """C and M -> soft prompt [B, Q, LLM width], and M'."""
+        enhanced, rebuilt = self.xformer(clip.float(), None if local is None else local.float())
+        return self.llm_proj(enhanced), rebuilt
+
+    def forward(self, batch: Batch, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        """Language-model loss of the captions after the soft prompt; queries and pads carry no loss.
+
+        Args:
+            ids: int64 [B, T], </s> first and a line break last; mask: bool [B, T]. LAVIS does not mask the </s>.
+        """
+        soft, rebuilt = self.prefix(batch.clip, batch.mae)
+        embedded = torch.cat([soft.to(self.llm.model.dtype), self.llm.embed(ids)], 1)
+        seen = torch.cat([mask.new_ones(len(mask), soft.shape[1]), mask], 1)
+        labels = torch.cat([torch.full(soft.shape[:2], -100, device=ids.device), ids.masked_fill(~mask, -100)], 1)
+        found = {"lm": self.llm.model(inputs_embeds=embedded, attention_mask=seen.long(), labels=labels).loss.float()}
+        if self.decoder is not None and rebuilt is not None and batch.kept is not None and batch.pixels is not None:
+            predicted = self.decoder(rebuilt, batch.kept)
+            found["reconstruction"] = reconstruction(
+                predicted, batch.pixels, batch.kept, self.decoder.patch, self.decoder.norm_pix
+            )
+        return found
+
+
+def caption_texts(captions: list[str], settings: Settings) -> list[str]:
+    """Captions as the language model sees them in training."""
+    return [settings.llm.prompt + clean(caption, settings.qformer.max_words) for caption in captions]
+
+
+def build_stage2(settings: Settings, model: str) -> Stage2:
+    xformer = build_xformer(settings, model, vocabulary=0)
+    llm = FrozenLlm(settings.llm.weights, settings.llm.autocast)
+    rebuild = model == "xformer" and settings.stage2.weights.reconstruction > 0 and settings.mae.mask_ratio > 0
+    decoder = FrozenDecoder(settings.mae.weights) if rebuild else None
+    return Stage2(xformer, llm, settings.qformer.width, decoder)

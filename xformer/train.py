@@ -1,0 +1,137 @@
+"""The two trainers: settings -> model and cached pairs -> one loop with Accelerate."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xformer import checkpoint
+from xformer.console import say
+from xformer.data import Cache, Pairs
+from xformer.errors import CheckpointError, SettingsError, StoreError
+from xformer.loop import Loop
+from xformer.model import Batch, build_stage1
+from xformer.settings import Settings
+from xformer.text import TextTokenizer, bert_state
+from xformer.validate import validate_stage1, validate_stage2
+
+
+def _pairs(features: list[Path], settings: Settings, model: str, pixels: bool) -> tuple[Pairs, Pairs, list[Cache]]:
+    caches = [Cache(path, settings, model, pixels) for path in features]
+    text = settings.qformer
+    tokenizer = TextTokenizer(text.text, text.max_text, text.max_words)
+    train, val = (Pairs(caches, split, tokenizer, settings) for split in ("train", "val"))
+    if not len(train):
+        where = ", ".join(map(str, features))
+        raise StoreError(f"{where}: no image-text pairs to train on; a plain folder of pictures has no captions.")
+    first = caches[0]
+    for cache in caches[1:]:
+        if cache.identities() != first.identities() or cache.draws != first.draws:
+            raise StoreError(f"{cache.store.path} was made by other encoders or mask draws than {first.store.path}.")
+    say(f"{len(train):,} pairs of {train.images:,} images to train on, {len(val):,} pairs to validate on")
+    return train, val, caches
+
+
+def _describe(settings: Settings, model: str, stage: int, caches: list[Cache]) -> dict[str, Any]:
+    """What is saved with every checkpoint beside the weights."""
+    return {
+        "stage": stage,
+        "model": model,
+        "settings": settings.dump(),
+        "features": [str(cache.store.path.resolve()) for cache in caches],
+        "identities": caches[0].identities(),
+        "draws": caches[0].draws,
+    }
+
+
+def _prepare_run(run: Path, resume: bool) -> None:
+    if not resume and checkpoint.checkpoints(run):
+        raise CheckpointError(f"{run} holds a run already; go on with --resume, or give another --out.")
+    if resume and not checkpoint.checkpoints(run):
+        raise CheckpointError(f"{run} holds no checkpoint to resume from; leave --resume out.")
+
+
+def train_stage1(features: list[Path], run: Path, settings: Settings, model: str, resume: bool) -> dict[str, Any]:
+    """Stage 1: ITC + ITM + ITG + reconstruction. Returns the run's summary, also in RUN/summary.json."""
+    _prepare_run(run, resume)
+    recipe = settings.stage1
+    weights = dict(recipe.weights)
+    rebuild = model == "xformer" and recipe.weights.reconstruction > 0 and settings.mae.mask_ratio > 0
+    torch.manual_seed(settings.seed)
+    train, val, caches = _pairs(features, settings, model, rebuild)
+    stage1 = build_stage1(settings, model, train.tokenizer.vocabulary, train.tokenizer.begin)
+    if settings.qformer.bert:
+        from xformer.qformer import load_bert
+
+        load_bert(stage1.xformer.qformer, bert_state(settings.qformer.text))
+    loop = Loop(run, stage1, train, recipe, settings.seed, _describe(settings, model, 1, caches), resume)
+
+    def losses_of(batch: Batch, captions: list[str], step: int, draws: torch.Generator) -> dict[str, Tensor]:
+        found, measured = loop.model(batch, step >= recipe.hard_negatives_after, draws)
+        loop.measure(itm_accuracy=measured["itm_accuracy"], temperature=measured["temperature"])
+        return {name: weights[name] * value for name, value in found.items()}
+
+    def validate() -> dict[str, float]:
+        return validate_stage1(stage1, val, recipe, loop.accelerator.device)
+
+    return loop.run(losses_of, validate, caches[0].draws)
+
+
+def train_stage2(
+    features: list[Path], init: Path, run: Path, settings: Settings, model: str | None, resume: bool
+) -> dict[str, Any]:
+    """Stage 2: Z' -> linear -> frozen OPT. Starts from a stage-1 run; returns the run's summary."""
+    from xformer.stage2 import build_stage2, caption_texts
+
+    _prepare_run(run, resume)
+    start = _stage1_checkpoint(init)
+    before = checkpoint.read_state(start)
+    if model is not None and model != before["model"]:
+        raise CheckpointError(f"{init} is a {before['model']} run, --model says {model}; leave --model out.")
+    model = str(before["model"])
+    for section in ("qformer", "dual"):
+        theirs, ours = before["settings"][section], settings.dump()[section]
+        if difference := next((key for key in theirs if theirs[key] != ours.get(key)), None):
+            raise SettingsError(
+                f"{section}.{difference} is {ours.get(difference)!r} here and {theirs[difference]!r} in {init}; "
+                "use the same settings in both stages."
+            )
+    recipe = settings.stage2
+    weights = dict(recipe.weights)
+    rebuild = model == "xformer" and recipe.weights.reconstruction > 0 and settings.mae.mask_ratio > 0
+    torch.manual_seed(settings.seed)
+    train, val, caches = _pairs(features, settings, model, rebuild)
+    compare_identities(before["identities"], caches[0].identities(), str(init), str(features[0]))
+    stage2 = build_stage2(settings, model)
+    checkpoint.load_model(start, stage2.xformer, prefix="xformer.")
+    described = _describe(settings, model, 2, caches) | {"init": str(init)}
+    loop = Loop(run, stage2, train, recipe, settings.seed, described, resume)
+
+    def losses_of(batch: Batch, captions: list[str], step: int, draws: torch.Generator) -> dict[str, Tensor]:
+        ids, mask = stage2.llm.encode(caption_texts(captions, settings), recipe.max_text, newline=True, left=False)
+        found = loop.model(batch, ids.to(loop.accelerator.device), mask.to(loop.accelerator.device))
+        return {name: weights[name] * value for name, value in found.items()}
+
+    def validate() -> dict[str, float]:
+        return validate_stage2(stage2, val, recipe, settings, loop.accelerator.device)
+
+    return loop.run(losses_of, validate, caches[0].draws)
+
+
+def _stage1_checkpoint(init: Path) -> Path:
+    if not init.is_dir() or not checkpoint.checkpoints(init):
+        raise CheckpointError(f"stage 2 starts from a stage-1 run, and {init} holds none; run: xformer train --stage 1")
+    start = checkpoint.newest(init)
+    if checkpoint.read_state(start)["stage"] != 1:
+        raise CheckpointError(f"--init {init} is a stage-2 run; give a stage-1 run.")
+    return start
+
+
+def compare_identities(theirs: dict[str, dict], ours: dict[str, dict], run: str, store: str) -> None:
+    """Raises StoreError, naming the field, where features were made in another way than a checkpoint's."""
+    from pipeline.store import first_difference
+
+    for encoder, identity in theirs.items():
+        if difference := first_difference(identity, ours.get(encoder, {})):
+            raise StoreError(f"{store} does not fit {run}: {encoder} {difference}; extract with the same encoder.")
