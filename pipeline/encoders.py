@@ -1,8 +1,8 @@
 """The two frozen encoders. Each loads through its own library and knows the identity of the features it makes."""
 
 import json
-import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -32,7 +32,8 @@ class ClipEncoder:
         folder = resolve(clip.weights, ("model.safetensors",))
         file = folder / "model.safetensors"
         self.settings, self.device = clip, device or torch.device("cpu")
-        self.model = timm.create_model(clip.architecture, pretrained=False, num_classes=0, **clip.kwargs)
+        arguments: dict[str, Any] = dict(clip.kwargs)
+        self.model: Any = timm.create_model(clip.architecture, pretrained=False, num_classes=0, **arguments)
         blocks = len(self.model.blocks)
         if max(clip.layers) > blocks:
             raise WeightsError(f"clip.layers {clip.layers}: {clip.architecture} has only {blocks} blocks.")
@@ -45,7 +46,7 @@ class ClipEncoder:
         except RuntimeError as error:
             raise WeightsError(f"weights {clip.weights}: {str(error).splitlines()[-1].strip()}") from None
         self.model.eval().requires_grad_(False).to(self.device)
-        self.tokens = (image_size // self.model.patch_embed.patch_size[0]) ** 2 + self.model.num_prefix_tokens
+        self.tokens: int = (image_size // self.model.patch_embed.patch_size[0]) ** 2 + self.model.num_prefix_tokens
         self.identity = {
             "schema": SCHEMA,
             "encoder": "clip",
@@ -90,7 +91,8 @@ class MaeEncoder:
         folder = resolve(mae.weights, ("config.json", "model.safetensors|pytorch_model.bin"))
         file = next(f for n in ("model.safetensors", "pytorch_model.bin") if (f := folder / n).is_file())
         self.settings, self.device = mae, device or torch.device("cpu")
-        self.model = load_mae(folder, mae).to(self.device)
+        self.model: Any = load_mae(folder, mae)
+        self.model.to(self.device)
         config = self.model.config
         if (config.image_size, config.patch_size, config.hidden_size) != (image_size, mae.patch, mae.width):
             raise WeightsError(
@@ -129,7 +131,6 @@ class MaeEncoder:
 
 def load_mae(folder: Path, mae: Mae) -> ViTMAEForPreTraining:
     """A frozen float32 ViTMAE. Raises WeightsError where the folder holds another model."""
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") != "vit_mae":
         raise WeightsError(f"weights {mae.weights}: a {config.get('model_type')} model; --encoder mae needs vit_mae.")

@@ -14,7 +14,8 @@ import numpy as np
 
 from pipeline import images, masks, store
 from pipeline.corpora import Corpus
-from pipeline.index import Index, write_index
+from pipeline.index import Index
+from pipeline.plan import write_index
 from xformer.console import progress, say
 from xformer.errors import CorpusError, StoreError
 from xformer.settings import Settings
@@ -22,13 +23,8 @@ from xformer.settings import Settings
 FP16_MAX = float(np.finfo(np.float16).max)
 
 
-def mae_arrays(draws: list[int] | str) -> dict[str, int | None]:
-    """Array prefixes and their draw; `full` is the whole image."""
-    return {"mae/full": None} if draws == "full" else {f"mae/draw-{d}": d for d in draws}
-
-
 @cache
-def _encoder(kind: str, settings_json: str, gpus: bool, worker: int):
+def _encoder(kind: str, settings_json: str, gpus: bool, worker: int) -> Any:
     """One encoder per worker process, loaded once."""
     import torch
 
@@ -55,7 +51,8 @@ def declare(path: Path, index: Index, kind: str, settings: Settings, whole: bool
         return names
     side, mae = settings.image_size, settings.mae
     ratio = 0.0 if whole else mae.mask_ratio
-    for prefix, draw in mae_arrays("full" if ratio == 0 else list(range(mae.draws))).items():
+    draws: dict[str, int | None] = {f"mae/draw-{d}": d for d in range(mae.draws)} if ratio else {"mae/full": None}
+    for prefix, draw in draws.items():
         usage = view | {"mask_ratio": ratio, "draw": draw, "mask_seed": mae.mask_seed if draw is not None else None}
         tokens = 1 + masks.kept_count(encoder.patches, ratio)
         store.create_array(path, f"{prefix}/tokens", index, (tokens, mae.width), "float16", encoder.identity, usage)
@@ -274,7 +271,7 @@ def _run_on_dask(path: str, todo: dict, args: tuple, workers: int, scheduler: st
     cluster = None
     if scheduler is None:
         cluster = LocalCluster(
-            n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address=None,
+            n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address=None,  # type: ignore[arg-type]
             silence_logs=logging.ERROR, memory_limit=0,
         )  # fmt: skip
     threads = 0 if scheduler else max(1, (os.cpu_count() or 1) // workers)

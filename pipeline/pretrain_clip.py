@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -54,7 +55,8 @@ def pretrain_clip(
             ids[i, : len(words)] = torch.tensor(words)
         return ids
 
-    vision = timm.create_model(clip.architecture, pretrained=False, num_classes=0, **clip.kwargs)
+    arguments: dict[str, Any] = dict(clip.kwargs)
+    vision = timm.create_model(clip.architecture, pretrained=False, num_classes=0, **arguments)
     text, head = TextTower(len(vocabulary) + 1, clip.width), nn.Linear(clip.width, clip.width, bias=False)
     temperature = nn.Parameter(torch.tensor(np.log(1 / 0.07), dtype=torch.float32))
     weights = [*vision.parameters(), *text.parameters(), *head.parameters(), temperature]

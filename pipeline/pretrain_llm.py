@@ -6,6 +6,7 @@ the projected queries stand where the first caption stands here: in front of the
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -62,7 +63,7 @@ def write_sample(rng: np.random.Generator, captions: list[str], asked: list[tupl
 
 
 def read_answers(
-    model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, prefixes: list[str], questions: list[str]
+    model: Any, tokenizer: PreTrainedTokenizerFast, prefixes: list[str], questions: list[str]
 ) -> list[str]:
     """Greedy answers to questions, each after its prefix (a caption, or nothing)."""
     found = []

@@ -13,6 +13,15 @@ from xformer.settings import Mae
 DEPTH, DECODER_WIDTH, DECODER_DEPTH = 4, 64, 2
 
 
+def sine_positions(side: int, width: int) -> torch.Tensor:
+    """Fixed 2-D sine-cosine positions [1, 1 + side * side, width], zeros for [CLS] (facebookresearch/mae pos_embed.py)."""
+    rates = 1 / 10000 ** (torch.arange(width // 4) / (width // 4))
+    angles = torch.arange(side)[:, None] * rates
+    one = torch.cat([angles.sin(), angles.cos()], 1)  # [side, width / 2]
+    across, down = one.repeat(side, 1), one.repeat_interleave(side, 0)
+    return torch.cat([torch.zeros(1, width), torch.cat([across, down], 1)])[None]
+
+
 def masked_errors(model: ViTMAEForPreTraining, pixels: torch.Tensor, noise: torch.Tensor) -> tuple[float, float]:
     """Mean squared error on masked patches: of the model, and of predicting each image's mean per channel."""
     with torch.no_grad():
@@ -48,9 +57,15 @@ def pretrain_mae(
         layer_norm_eps=1e-6,
     )
     model = ViTMAEForPreTraining(config)
+    side = image_size // mae.patch
+    with torch.no_grad():  # transformers 5 leaves these at zero in a model that is built, not loaded
+        model.vit.embeddings.position_embeddings.copy_(sine_positions(side, mae.width))
+        model.decoder.decoder_pos_embed.copy_(sine_positions(side, DECODER_WIDTH))
+        for token in (model.vit.embeddings.cls_token, model.decoder.mask_token):
+            token.normal_(std=0.02)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, betas=(0.9, 0.95), weight_decay=0.05)
     schedule = pretrain.warm_cosine(optimizer, steps, 200)
-    patches = (image_size // mae.patch) ** 2
+    patches = side**2
 
     def pixels(rows: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(images.normalise(pictures[rows], mae.mean, mae.std))

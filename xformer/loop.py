@@ -74,6 +74,7 @@ class Loop:
         self.schedule = Schedule(len(pairs), batch, recipe.epochs, recipe.max_steps, seed)
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model, recipe))
         self.start, self.history, self.seconds = 0, [], 0.0
+        self.validation: dict[str, float] = {}
         self._measured: dict[str, list[float]] = {}
         if resume:
             newest = checkpoint.newest(folder)
@@ -82,6 +83,7 @@ class Loop:
             checkpoint.load_model(newest, model)
             checkpoint.load_optimizer(newest, model, self.optimizer.optimizer)
             self.start, self.history, self.seconds = state["step"], state["epochs"], state["seconds"]
+            self.validation = state["validation"]
             say(f"resuming {folder} at step {self.start:,}")
 
     def _refuse_other_settings(self, state: dict) -> None:
@@ -104,7 +106,7 @@ class Loop:
             publish.write_json(self.folder / "settings.json", self.described)
             accelerator.init_trackers("tensorboard")
         log = (self.folder / "log.jsonl").open("a", encoding="utf-8") if accelerator.is_main_process else None
-        began, bad, measured = time.perf_counter(), 0, {}
+        began, bad, measured = time.perf_counter(), 0, self.validation
         title = f"stage {self.described['stage']} {self.described['model']}"
 
         def write(step: int, line: dict) -> None:

@@ -3,7 +3,7 @@
 The plain Q-Former (BLIP-2, figure 1a) is the same module without the dual cross-attention: there Z' is Z_q.
 """
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Batch(**{k: v if v is None else v.to(device, non_blocking=True) for k, v in moved.items()})
+        return replace(self, **{k: v.to(device, non_blocking=True) for k, v in moved.items() if v is not None})
 
 
 class XFormer(nn.Module):

@@ -1,5 +1,7 @@
 """The frozen MAE decoder: M' -> pixels. Gradients pass through it to M'; its own weights never change."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import ViTMAEForPreTraining
@@ -23,9 +25,10 @@ class FrozenDecoder(nn.Module):
     def __init__(self, weights: str) -> None:
         super().__init__()
         folder = resolve(weights, ("config.json", "model.safetensors|pytorch_model.bin"))
-        model, report = ViTMAEForPreTraining.from_pretrained(
+        loaded: Any = ViTMAEForPreTraining.from_pretrained(
             folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
         )
+        model, report = loaded
         if any(key.startswith("decoder") for key in report["missing_keys"]):
             raise WeightsError(f"weights {weights}: no MAE decoder in it; reconstruction needs one.")
         self.decoder = model.decoder.eval().requires_grad_(False)

@@ -1,5 +1,7 @@
 """Stage 2 (X-Former, section 3.3): Z' through one linear layer into a frozen OPT; language-model loss only."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, OPTForCausalLM
@@ -23,7 +25,7 @@ class FrozenLlm(nn.Module):
         weight_files = "model.safetensors|pytorch_model.bin|model.safetensors.index.json|pytorch_model.bin.index.json"
         folder = resolve(weights, ("config.json", weight_files, "tokenizer.json|tokenizer_config.json"))
         self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        self.model = OPTForCausalLM.from_pretrained(folder, local_files_only=True, dtype=DTYPES[dtype])
+        self.model: Any = OPTForCausalLM.from_pretrained(folder, local_files_only=True, dtype=DTYPES[dtype])
         if self.model.config.model_type != "opt":
             raise WeightsError(f"weights {weights}: a {self.model.config.model_type} model; only OPT is supported.")
         self.model.eval().requires_grad_(False)

@@ -6,7 +6,7 @@ import torch
 from xformer.data import Pairs
 from xformer.losses import ITM_CONSTANT, patchify, similarity
 from xformer.model import Stage1
-from xformer.settings import Recipe, Settings
+from xformer.settings import Recipe, Settings, Stage2
 
 
 def validation_batches(pairs: Pairs, recipe: Recipe) -> list[np.ndarray]:
@@ -51,7 +51,7 @@ def validate_stage1(stage1: Stage1, pairs: Pairs, recipe: Recipe, device: torch.
 
 
 @torch.no_grad()
-def validate_stage2(stage2, pairs: Pairs, recipe: Recipe, settings: Settings, device: torch.device) -> dict[str, float]:
+def validate_stage2(stage2, pairs: Pairs, recipe: Stage2, settings: Settings, device: torch.device) -> dict[str, float]:
     """Language-model loss of held-out captions, and with the images' prefixes shifted by one: what the image is worth."""
     from xformer.stage2 import caption_texts
 

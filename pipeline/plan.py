@@ -1,0 +1,128 @@
+"""Planning a store: fixes which image is in which row, and writes the index (pipeline/index.py reads it)."""
+
+import hashlib
+import os
+import struct
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.ipc
+import pyarrow.parquet as pq
+
+from pipeline.corpora import Corpus, Row
+from pipeline.index import CAPTIONS, ROWS
+from xformer import publish
+from xformer.errors import CorpusError
+
+CAPTION_BATCH = 16384
+
+
+def split_of(row: Row, val_fraction: float) -> str:
+    """The row's own split, else one decided by the hash of its id: the same in every corpus and every order."""
+    if row.split:
+        return row.split
+    value = struct.unpack("<Q", hashlib.sha256(f"split/{row.id}".encode()).digest()[:8])[0] / 2**64
+    return "val" if value < val_fraction else "train"
+
+
+def clean_caption(text: str) -> str:
+    """One line without NUL or surrounding space; "" when nothing is left."""
+    return " ".join(text.replace("\0", " ").split())
+
+
+def write_index(
+    folder: Path,
+    corpus: Corpus,
+    shard_rows: int,
+    val_fraction: float,
+    limit: int | None,
+    tick: Callable[[], None] = lambda: None,
+) -> dict:
+    """Plans a store: reads every image's bytes once for its sha256 and fixes the row order.
+
+    Returns the index's description. Raises: CorpusError for an empty corpus and for ids that stand twice (all listed).
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    seen: set[int] = set()
+    doubled: list[str] = []
+    counts: Counter[str] = Counter()
+    temporary = {name: folder / f".{name}.partial" for name in ("rows.parquet", "captions.arrow")}
+    try:
+        with (
+            pq.ParquetWriter(temporary["rows.parquet"], ROWS, compression="zstd") as rows_file,
+            pa.OSFile(str(temporary["captions.arrow"]), "wb") as sink,
+            pa.ipc.new_file(sink, CAPTIONS) as captions_file,
+        ):
+            rows: list[dict] = []
+            captions: list[dict] = []
+            for number, row in enumerate(corpus.rows()):
+                if limit is not None and number >= limit:
+                    break
+                key = int.from_bytes(hashlib.blake2b(row.id.encode(), digest_size=8).digest(), "little")
+                if key in seen:
+                    doubled.append(row.id)
+                seen.add(key)
+                record, texts = _plan(row, number, corpus, val_fraction)
+                rows.append(record)
+                captions += texts
+                counts["images"] += 1
+                counts["captions"] += len(texts)
+                counts["dead"] += record["status"] == "dead"
+                counts[record["split"]] += 1
+                if len(rows) == shard_rows:
+                    rows_file.write_table(pa.Table.from_pylist(rows, ROWS))
+                    rows.clear()
+                if len(captions) >= CAPTION_BATCH:
+                    captions_file.write_table(pa.Table.from_pylist(captions, CAPTIONS))
+                    captions.clear()
+                tick()
+            if rows:
+                rows_file.write_table(pa.Table.from_pylist(rows, ROWS))
+            if captions:
+                captions_file.write_table(pa.Table.from_pylist(captions, CAPTIONS))
+        if doubled:
+            shown = ", ".join(doubled[:20]) + (f" and {len(doubled) - 20} more" if len(doubled) > 20 else "")
+            raise CorpusError(f"{len(doubled)} image ids stand twice in the corpus: {shown}; make every id unique.")
+        if not counts["images"]:
+            raise CorpusError("the corpus holds no images.")
+        description = {
+            "corpus": {"kind": corpus.kind, "identity": corpus.identity, "limit": limit, "val_fraction": val_fraction},
+            "shard_rows": shard_rows,
+            **{key: counts[key] for key in ("images", "captions", "dead", "train", "val")},
+        }
+        for name, path in temporary.items():
+            publish.fsync_path(path)
+            os.replace(path, folder / name)
+        publish.write_json(folder / "index.json", description)  # the marker: the index is whole
+        return description
+    finally:
+        for path in temporary.values():
+            path.unlink(missing_ok=True)
+
+
+def _plan(row: Row, number: int, corpus: Corpus, val_fraction: float) -> tuple[dict, list[dict]]:
+    path = corpus.root / row.location
+    reason, content = "", b""
+    try:
+        content = path.read_bytes()
+        reason = "" if content else "the file is empty"
+    except OSError as error:
+        reason = f"cannot be read: {error.strerror}"
+    texts = [{"row": number, "text": text} for caption in row.captions if (text := clean_caption(caption))]
+    if row.captions and not texts:
+        reason = reason or "all its captions are blank"
+    record = {
+        "row": number,
+        "id": row.id,
+        "source": corpus.kind,
+        "location": row.location,
+        "sha256": hashlib.sha256(content).digest(),
+        "size": len(content),
+        "captions": len(texts),
+        "split": split_of(row, val_fraction),
+        "status": "dead" if reason else "ok",
+        "reason": reason,
+    }
+    return record, texts

@@ -1,0 +1,171 @@
+"""Pictures of a run: loss curves, a masked input beside its reconstruction, questions with answers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+
+from xformer import checkpoint
+from xformer.data import Cache, normalised
+from xformer.losses import reconstruction
+from xformer.model import build_stage1
+from xformer.settings import Settings, settings_from
+from xformer.text import TextTokenizer
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+COLOURS = {"xformer": "#c2410c", "qformer": "#1d4ed8"}
+NAMES = {"xformer": "X-Former", "qformer": "Q-Former"}
+PANELS = {"itc": "ITC", "itm": "ITM", "itg": "ITG", "reconstruction": "reconstruction", "lm": "stage 2: language model"}
+
+
+def read_log(run: Path) -> list[dict[str, Any]]:
+    """The lines of RUN/log.jsonl."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def loss_curves(runs: dict[str, list[Path]], out: Path) -> None:
+    """One panel per loss, one colour per model; dots are the validation split, dashes what needs no learning."""
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(3.4 * len(PANELS), 3), layout="constrained")
+    for axis, (key, title) in zip(axes, PANELS.items(), strict=True):
+        for model, folders in runs.items():
+            lines = [line for folder in folders for line in read_log(folder) if key in line]
+            for event, style in (("train", "-"), ("validate", "o")):
+                points = [(line["step"], line[key]) for line in lines if line["event"] == event]
+                if points:
+                    label = f"{NAMES[model]}{'' if event == 'train' else ', validation'}"
+                    axis.plot(*zip(*points, strict=True), style, color=COLOURS[model], label=label, ms=4, lw=1.4)
+            for constant in ("itm_constant", "reconstruction_of_mean"):
+                if constant.startswith(key) and (levels := [line[constant] for line in lines if constant in line]):
+                    axis.axhline(levels[-1], color="0.45", ls="--", lw=1)
+        axis.set(title=title, xlabel="step")
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("loss")
+    axes[0].legend(frameon=False, fontsize=8)
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+
+
+@torch.no_grad()
+def rebuild(run: Path, store: Path, count: int) -> dict[str, Any]:
+    """Validation images of a store, masked, rebuilt by the MAE alone (M) and by a stage-1 run (M').
+
+    Returns: arrays [count, S, S, 3] in 0..1 by column title under "pictures", and the mean squared errors on masked
+    patches over the whole validation split (at most 1,000 images) under "errors".
+    """
+    newest = checkpoint.newest(run)
+    state = checkpoint.read_state(newest)
+    settings = settings_from(state["settings"], str(newest))
+    text = settings.qformer
+    tokenizer = TextTokenizer(text.text, text.max_text, text.max_words)
+    stage1 = build_stage1(settings, "xformer", tokenizer.vocabulary, tokenizer.begin)
+    checkpoint.load_model(newest, stage1)
+    stage1.eval()
+    decoder = stage1.decoder
+    assert decoder is not None
+    cache = Cache(store, settings, "xformer", pixels=True)
+    table = cache.store.index.column("split", "status")
+    usable = np.flatnonzero(
+        (np.array(table["split"].to_pylist()) == "val") & (np.array(table["status"].to_pylist()) == "ok")
+    )
+    rows = np.array([row for row in usable if row not in cache.dead])[:1000]
+    errors: dict[str, list[float]] = {"each image's mean": [], "MAE alone (M)": [], "X-Former (M')": []}
+    pictures: dict[str, np.ndarray] = {}
+    for start in range(0, len(rows), 100):
+        part = rows[start : start + 100]
+        features = cache.read(part, 0)
+        assert features.mae is not None and features.kept is not None and features.pixels is not None
+        kept, local = torch.from_numpy(features.kept), torch.from_numpy(features.mae).float()
+        pixels = normalised(features.pixels, settings.mae)
+        _, rebuilt = stage1.xformer(torch.from_numpy(features.clip).float(), local)
+        assert rebuilt is not None
+        mean = pixels.mean((2, 3), keepdim=True).expand_as(pixels)
+        predicted = {
+            "each image's mean": _patches(mean, decoder.patch),
+            "MAE alone (M)": decoder(local, kept),
+            "X-Former (M')": decoder(rebuilt, kept),
+        }
+        for name, value in predicted.items():
+            errors[name] += [float(reconstruction(value, pixels, kept, decoder.patch, False))] * len(part)
+        if not start:
+            shown = slice(0, count)
+            pictures["original"] = _visible(pixels[shown], settings)
+            grey = torch.zeros_like(_patches(pixels, decoder.patch))
+            for name, value in {"masked": grey, **predicted}.items():
+                if name != "each image's mean":
+                    whole = torch.where(kept[..., None], _patches(pixels, decoder.patch), value)
+                    pictures[name] = _visible(_picture(whole, decoder.patch)[shown], settings)
+    return {
+        "pictures": pictures,
+        "errors": {name: float(np.mean(v)) for name, v in errors.items()},
+        "n": len(rows),
+        "norm_pix_loss": decoder.norm_pix,
+    }
+
+
+def _patches(pixels: torch.Tensor, patch: int) -> torch.Tensor:
+    from xformer.losses import patchify
+
+    return patchify(pixels, patch)
+
+
+def _picture(patches: torch.Tensor, patch: int) -> torch.Tensor:
+    """The inverse of patchify: [B, patches, patch * patch * 3] -> [B, 3, S, S]."""
+    b, n, _ = patches.shape
+    side = int(n**0.5)
+    grid = patches.reshape(b, side, side, patch, patch, 3)
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(b, 3, side * patch, side * patch)
+
+
+def _visible(pixels: torch.Tensor, settings: Settings) -> np.ndarray:
+    mean, std = (torch.tensor(v)[:, None, None] for v in (settings.mae.mean, settings.mae.std))
+    return (pixels * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+
+
+def reconstructions(found: dict[str, Any], out: Path) -> None:
+    """One row per image: original, masked input, what the MAE alone and what X-Former's M' rebuild."""
+    columns = found["pictures"]
+    count = len(next(iter(columns.values())))
+    figure, axes = plt.subplots(
+        count, len(columns), figsize=(1.9 * len(columns), 1.9 * count), layout="constrained", squeeze=False
+    )
+    for j, (name, images) in enumerate(columns.items()):
+        error = found["errors"].get(name)
+        axes[0, j].set_title(name if error is None else f"{name}\nmasked MSE {error:.3f}", fontsize=9)
+        for i, image in enumerate(images):
+            axes[i, j].imshow(image, interpolation="nearest")
+            axes[i, j].axis("off")
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
+
+
+def answers(rows: list[dict[str, Any]], out: Path) -> None:
+    """Pictures with their question, the true answer, and each model's answer (green where it is right).
+
+    Args:
+        rows: dicts with `picture` (path), `question`, `truth`, and one entry per model.
+    """
+    columns = 4
+    lines = -(-len(rows) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(3.1 * columns, 3.5 * lines), layout="constrained", squeeze=False
+    )
+    for axis in axes.flat:
+        axis.axis("off")
+    for axis, row in zip(axes.flat, rows, strict=False):
+        axis.imshow(plt.imread(row["picture"]), interpolation="nearest")
+        axis.set_title(f"{row['question']}\ntruth: {row['truth']}", fontsize=9)
+        for i, model in enumerate(NAMES):
+            right = row[model] == row["truth"]
+            text = f"{NAMES[model]}: {row[model] or '(nothing)'}"
+            axis.text(
+                0.5, -0.07 - 0.09 * i, text, transform=axis.transAxes, ha="center", fontsize=9,
+                color="#15803d" if right else "#b91c1c",
+            )  # fmt: skip
+    figure.savefig(out, dpi=130)
+    plt.close(figure)
