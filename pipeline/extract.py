@@ -26,15 +26,12 @@ FP16_MAX = float(np.finfo(np.float16).max)
 @cache
 def _encoder(kind: str, settings_json: str, gpus: bool, worker: int) -> Any:
     """One encoder per worker process, loaded once."""
-    import torch
-
     from pipeline.encoders import ClipEncoder, MaeEncoder, pick_device
 
     settings = Settings.model_validate_json(settings_json)
     device = pick_device(gpus, worker)
     if kind == "clip":
         return ClipEncoder(settings.clip, settings.image_size, device)
-    torch.set_grad_enabled(False)
     return MaeEncoder(settings.mae, settings.image_size, device)
 
 

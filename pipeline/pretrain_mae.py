@@ -36,7 +36,7 @@ def masked_errors(model: ViTMAEForPreTraining, pixels: torch.Tensor, noise: torc
 
 
 def pretrain_mae(
-    corpus: Path, out: Path, mae: Mae, image_size: int, seed: int = 0, steps: int = 6000, batch: int = 128
+    corpus: Path, out: Path, mae: Mae, image_size: int, seed: int = 0, steps: int = 5000, batch: int = 128
 ) -> dict[str, object]:
     """Trains and writes `out`/{model.safetensors,config.json} with its card; returns the card's figures."""
     rng = pretrain.begin(seed)
@@ -63,6 +63,9 @@ def pretrain_mae(
         model.decoder.decoder_pos_embed.copy_(sine_positions(side, DECODER_WIDTH))
         for token in (model.vit.embeddings.cls_token, model.decoder.mask_token):
             token.normal_(std=0.02)
+        for name, weight in model.named_parameters():  # as models_mae.py: at this width normal(0, 0.02) hardly learns
+            if weight.ndim >= 2 and name.endswith("weight"):
+                torch.nn.init.xavier_uniform_(weight.view(len(weight), -1))
     optimizer = torch.optim.AdamW(model.parameters(), lr=1.5e-3, betas=(0.9, 0.95), weight_decay=0.05)
     schedule = pretrain.warm_cosine(optimizer, steps, 200)
     patches = side**2
