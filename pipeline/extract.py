@@ -172,7 +172,6 @@ def plan_index(path: Path, corpus: Corpus, settings: Settings, limit: int | None
     import zarr
 
     zarr.open_group(path, mode="a", zarr_format=3, attributes={"xformer_schema": store.SCHEMA})
-    zarr.open_group(path, mode="a", path="index", zarr_format=3)
     say(f"planning {path}: reading every image once")
     write_index(path / "index", corpus, settings.store.shard_rows, settings.corpus.val_fraction, limit)
     return Index(path / "index")

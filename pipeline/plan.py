@@ -7,9 +7,11 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.ipc
 import pyarrow.parquet as pq
+import zarr
 
 from pipeline.corpora import Corpus, Row
 from pipeline.index import CAPTIONS, ROWS
@@ -95,11 +97,34 @@ def write_index(
         for name, path in temporary.items():
             publish.fsync_path(path)
             os.replace(path, folder / name)
+        _publish_hashes(folder, counts["images"], description["corpus"])
         publish.write_json(folder / "index.json", description)  # the marker: the index is whole
         return description
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
+
+
+def _publish_hashes(folder: Path, count: int, corpus: dict) -> None:
+    """The images' sha256 as a Zarr array [images, 32], so that the index is a member of the group like any other."""
+    array = zarr.create_array(
+        folder.parent,
+        name=folder.name,
+        shape=(count, 32),
+        chunks=(min(count, 65536), 32),
+        dtype="uint8",
+        compressors=None,
+        attributes={
+            "content": "sha256 of every image file; rows.parquet and captions.arrow lie beside",
+            "corpus": corpus,
+        },
+    )
+    row = 0
+    with pq.ParquetFile(folder / "rows.parquet") as file:
+        for batch in file.iter_batches(batch_size=65536, columns=["sha256"]):
+            values = np.frombuffer(b"".join(batch["sha256"].to_pylist()), np.uint8).reshape(-1, 32)
+            array[row : row + len(values)] = values
+            row += len(values)
 
 
 def _plan(row: Row, number: int, corpus: Corpus, val_fraction: float) -> tuple[dict, list[dict]]:

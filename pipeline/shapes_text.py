@@ -262,7 +262,7 @@ class QuestionWriter:
         )
         there = bool(rng.random() < 0.5) or len(kinds) == len(KINDS)
         kind = _pick(rng, sorted(kinds) if there else [k for k in KINDS if k not in kinds])
-        answer = "yes" if there else "no"
+        answer = "Yes." if there else "No."
         self.mci.append(
             {"image_id": image_id, "text_in": f"Is there a {kind}?", "text_out": answer, "n_obj_exist": total}
         )

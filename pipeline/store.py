@@ -275,11 +275,11 @@ class FeatureStore:
 
 
 def array_names(store: Path) -> list[str]:
-    """The arrays of a store, by name."""
+    """The feature arrays of a store, by name; the index is not one."""
     return sorted(
         file.parent.relative_to(store).as_posix()
         for file in store.rglob("zarr.json")
-        if json.loads(file.read_text(encoding="utf-8")).get("node_type") == "array"
+        if file.parent.name != "index" and json.loads(file.read_text(encoding="utf-8")).get("node_type") == "array"
     )
 
 

@@ -47,15 +47,20 @@ def score_oc(predictions: list[str], rows: list[dict[str, Any]], count: Callable
     }
 
 
+def yes_or_no(truth: str) -> str:
+    """The benchmark's `text_out` is "Yes." or "No."."""
+    return "yes" if "yes" in truth.lower() else "no"
+
+
 def yes_official(text: str, truth: str) -> bool:
     """The official script: the true word stands anywhere in the lower-cased answer, even inside a word."""
-    return truth.lower() in text.lower()
+    return yes_or_no(truth) in text.lower()
 
 
 def yes_strict(text: str, truth: str) -> bool:
     """The first whole word yes or no decides."""
     words = [w for w in re.findall(r"[a-z]+", text.lower()) if w in ("yes", "no")]
-    return bool(words) and words[0] == truth.lower()
+    return bool(words) and words[0] == yes_or_no(truth)
 
 
 def score_mci(predictions: list[str], rows: list[dict[str, Any]], right: Callable[[str, str], bool]) -> dict[str, Any]:

@@ -1,0 +1,200 @@
+"""Extraction: the encoders' own tokens, row by row; what fails is a dead letter; a rerun does only what is missing."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from pipeline import images, masks, store
+from pipeline.corpora import open_corpus
+from pipeline.extract import extract
+from xformer.errors import CorpusError, StoreError
+from xformer.settings import Settings, load_settings
+
+
+def shards(path: Path) -> dict[str, str]:
+    """The sha256 of every shard file."""
+    files = sorted(p for p in path.rglob("c/*") if p.is_file()) + sorted(
+        p for p in path.rglob("c/*/**/*") if p.is_file()
+    )
+    return {p.relative_to(path).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def test_cached_clip_tokens_are_the_models_own(features: Path, corpus: Path, settings: Settings) -> None:
+    import timm
+    from safetensors.torch import load_file
+
+    model = timm.create_model(settings.clip.architecture, num_classes=0, **settings.clip.kwargs)  # type: ignore[arg-type]
+    weights = load_file("xformer/tiny/clip/model.safetensors")
+    model.load_state_dict({k: v.float() for k, v in weights.items()})
+    image = Image.open(corpus / "train/images/000000000005.png")
+    pixels = images.normalise(images.evaluation_view(image, 64)[None], settings.clip.mean, settings.clip.std)
+    x = model.eval()._pos_embed(model.patch_embed(torch.from_numpy(pixels)))
+    for block in model.blocks[:5]:
+        x = block(x)
+    cached = store.FeatureStore(features).complete("clip/5/tokens").read([4])
+    np.testing.assert_allclose(cached[0], x[0].detach().numpy(), rtol=2e-3, atol=2e-3)
+
+
+def test_cached_mae_tokens_are_the_models_own_in_raster_order(features: Path, corpus: Path, settings: Settings) -> None:
+    from transformers import ViTMAEForPreTraining
+
+    model = ViTMAEForPreTraining.from_pretrained("xformer/tiny/mae", dtype=torch.float32).eval()
+    assert model.vit.embeddings.position_embeddings.std() > 0.1 and model.decoder.decoder_pos_embed.std() > 0.1
+    image = Image.open(corpus / "train/images/000000000005.png")
+    pixels = images.normalise(images.evaluation_view(image, 64)[None], settings.mae.mean, settings.mae.std)
+    noise = masks.noise(0, 1, "5", 64)
+    with torch.no_grad():
+        tokens = model.vit(torch.from_numpy(pixels), noise=torch.from_numpy(noise[None]).float()).last_hidden_state[0]
+    order = np.argsort(noise)[:16]
+    raster = [0, *(1 + np.argsort(order))]
+    opened = store.FeatureStore(features)
+    cached = opened.complete("mae/draw-1/tokens").read([4])[0]
+    np.testing.assert_allclose(cached, tokens[raster].numpy(), rtol=2e-3, atol=2e-3)
+    kept = masks.unpack(opened.complete("mae/draw-1/kept").read([4]), 64)[0]
+    assert np.flatnonzero(kept).tolist() == sorted(order.tolist())
+    np.testing.assert_array_equal(opened.complete("pixels/view-0").read([4])[0], np.asarray(image).transpose(2, 0, 1))
+
+
+def test_a_rerun_does_nothing_and_more_draws_rewrite_nothing(corpus: Path, settings: Settings, tmp_path: Path) -> None:
+    source, path = open_corpus(corpus), tmp_path / "s.zarr"
+    extract(source, path, ["mae"], settings, limit=40, in_process=True)
+    before = shards(path)
+    again = extract(source, path, ["mae"], settings, limit=40, in_process=True)
+    assert again["encoders"]["mae"]["images"] == 0 and shards(path) == before
+    three = load_settings(overrides=["store.shard_rows=32", "mae.draws=3"])
+    extract(source, path, ["mae", "clip"], three, limit=40, in_process=True)
+    after = shards(path)
+    assert before.items() <= after.items() and any("draw-2" in name for name in after)
+
+
+def test_another_encoder_mask_or_corpus_is_refused_by_name(
+    features: Path, corpus: Path, settings: Settings, tmp_path: Path
+) -> None:
+    source = open_corpus(corpus)
+    for override, field in (
+        ("clip.mean=[0,0,0]", "norm"),
+        ("clip.autocast=bf16", "autocast"),
+        ("mae.mask_ratio=0.5", "mask_ratio"),
+        ("mae.mask_seed=7", "mask_seed"),
+    ):
+        changed = load_settings(overrides=["store.shard_rows=32", "mae.draws=2", override])
+        kind = override.partition(".")[0]
+        with pytest.raises(StoreError, match=field):
+            extract(source, features, [kind], changed, in_process=True)
+    with pytest.raises(StoreError, match="another corpus"):
+        extract(source, features, ["clip"], settings, limit=3, in_process=True)
+
+
+def broken_corpus(tmp_path: Path, good: int = 30) -> Path:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for i in range(good):
+        Image.new("RGB", (20, 30), (i, 0, 0)).save(folder / f"{i:03d}.png")
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.png").write_text("no picture")
+    (folder / "cut.png").write_bytes((folder / "001.png").read_bytes()[:60])
+    return folder
+
+
+def test_broken_files_become_dead_letters_and_keep_their_rows(tmp_path: Path) -> None:
+    settings = load_settings(overrides=["store.shard_rows=16", "corpus.max_dead_fraction=0.2", "mae.draws=1"])
+    path = tmp_path / "s.zarr"
+    report = extract(open_corpus(broken_corpus(tmp_path)), path, ["clip", "mae"], settings, in_process=True)
+    assert report["images"] == 33 and sorted(d["id"] for d in report["dead"]) == ["cut.png", "empty.jpg", "text.png"]
+    assert all(d["reason"] for d in report["dead"])
+    array = store.FeatureStore(path).complete("clip/5/tokens")
+    dead = next(d["row"] for d in report["dead"] if d["id"] == "cut.png")
+    with pytest.raises(StoreError, match="dead letter"):
+        array.read([dead])
+    assert np.isfinite(array.read([dead - 1])).all()
+
+
+def test_too_many_dead_letters_stop_it(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="max_dead_fraction"):
+        extract(open_corpus(broken_corpus(tmp_path)), tmp_path / "s.zarr", ["clip"], load_settings(), in_process=True)
+
+
+def test_features_that_are_not_finite_become_dead_letters(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline import encoders
+
+    original = encoders.ClipEncoder.encode
+
+    def poisoned(self, pixels, layers):
+        found = original(self, pixels, layers)
+        found[5][2, 0, 0], found[5][3, 0, 0] = np.nan, 1e5
+        return found
+
+    monkeypatch.setattr(encoders.ClipEncoder, "encode", poisoned)
+    settings = load_settings(overrides=["corpus.max_dead_fraction=0.5", "clip.batch=128", "store.shard_rows=64"])
+    report = extract(open_corpus(corpus), tmp_path / "s.zarr", ["clip"], settings, limit=64, in_process=True)
+    assert [d["row"] for d in report["dead"]] == [2, 3]
+
+
+def test_doubled_ids_are_refused_and_listed(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in ("COCO_train2014_000000000001.png", "COCO_val2014_000000000001.png"):
+        Image.new("RGB", (8, 8)).save(folder / name)
+    with pytest.raises(CorpusError, match="stand twice.*: 1;"):
+        extract(open_corpus(folder), tmp_path / "s.zarr", ["clip"], load_settings(), in_process=True)
+
+
+def test_wrong_sources(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "list.json").write_text("{}")
+    for source, root, words in (
+        (tmp_path / "nowhere", None, "no such file"),
+        (tmp_path / "empty", None, "no pictures"),
+        (tmp_path / "list.json", None, "--images"),
+        (tmp_path / "list.json", tmp_path / "nowhere", "no such folder"),
+    ):
+        with pytest.raises(CorpusError, match=words):
+            open_corpus(source, root)
+    with pytest.raises(CorpusError, match="'images' is missing"):
+        list(open_corpus(tmp_path / "list.json", tmp_path).rows())
+
+
+def test_file_names_cannot_leave_the_picture_folder(tmp_path: Path) -> None:
+    for name in ("../secret.png", "/etc/passwd", "a/../../b.png"):
+        content = {"images": [{"id": 1, "file_name": name}], "annotations": []}
+        (tmp_path / "c.json").write_text(json.dumps(content))
+        with pytest.raises(CorpusError, match="leads out"):
+            list(open_corpus(tmp_path / "c.json", tmp_path).rows())
+
+
+def test_killed_and_run_again_the_bytes_are_those_of_an_uninterrupted_run(
+    corpus: Path, settings: Settings, tmp_path: Path
+) -> None:
+    whole = tmp_path / "whole.zarr"
+    extract(open_corpus(corpus), whole, ["clip"], settings, in_process=True)
+    path = tmp_path / "killed.zarr"
+    code = (
+        "import sys; from pathlib import Path; from pipeline.corpora import open_corpus\n"
+        "from pipeline.extract import extract; from xformer.settings import load_settings\n"
+        "s = load_settings(overrides=['store.shard_rows=32', 'mae.draws=2'])\n"
+        "extract(open_corpus(Path(sys.argv[1])), Path(sys.argv[2]), ['clip'], s, in_process=True)\n"
+    )
+    commits = path / "clip/5/tokens/commits"
+    for wanted in (1, 3):
+        child = subprocess.Popen([sys.executable, "-c", code, str(corpus), str(path)], stderr=subprocess.DEVNULL)
+        deadline = time.monotonic() + 120
+        while child.poll() is None and time.monotonic() < deadline:
+            if commits.is_dir() and len(list(commits.glob("[0-9]*.json"))) >= wanted:
+                os.kill(child.pid, signal.SIGKILL)
+                break
+            time.sleep(0.002)
+        child.wait()
+    extract(open_corpus(corpus), path, ["clip"], settings, in_process=True)
+    assert store.verify(path) == [] and shards(path) == shards(whole)

@@ -1,0 +1,154 @@
+"""The store: exact bytes in, exact bytes out, and an error wherever a row is not there."""
+
+import random
+import shutil
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+import zarr
+
+from pipeline import store
+from pipeline.index import Index
+from xformer.errors import StoreError
+
+
+def copy(features: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(features, tmp_path / "store.zarr"))
+
+
+def shard(path: Path, name: str = "clip/5/tokens", number: int = 1) -> Path:
+    return store.shard_file(path, name, number, 3)
+
+
+def test_any_zarr_reader_opens_it(features: Path) -> None:
+    group = zarr.open_group(features, mode="r")
+    arrays = {n: a for n, a in group.members(max_depth=None) if isinstance(a, zarr.Array)}
+    assert set(arrays) == {
+        "clip/5/tokens", "mae/draw-0/tokens", "mae/draw-0/kept", "mae/draw-1/tokens", "mae/draw-1/kept", "pixels/view-0",
+        "index",
+    }  # fmt: skip
+    assert arrays["clip/5/tokens"].shape == (128, 17, 96) and arrays["clip/5/tokens"].dtype == np.float16
+    assert arrays["mae/draw-1/tokens"].shape == (128, 17, 96) and arrays["mae/draw-1/kept"].shape == (128, 8)
+    assert arrays["clip/5/tokens"].chunks == (1, 17, 96) and arrays["clip/5/tokens"].shards == (32, 17, 96)
+    assert arrays["mae/draw-1/tokens"].attrs["usage"]["draw"] == 1
+
+
+def test_the_direct_reader_agrees_with_zarr(features: Path) -> None:
+    opened, group = store.FeatureStore(features), zarr.open_group(features, mode="r")
+    rows = np.random.default_rng(0).permutation(128)[:50]
+    for name in opened.names():
+        array = group[name]
+        assert isinstance(array, zarr.Array)
+        np.testing.assert_array_equal(opened.complete(name).read(rows), np.asarray(array[:])[rows])
+
+
+def test_every_flipped_bit_is_found(features: Path, tmp_path: Path) -> None:
+    path = copy(features, tmp_path)
+    content, draw = shard(path).read_bytes(), random.Random(0)
+    for _ in range(60):
+        damaged = bytearray(content)
+        bit = draw.randrange(len(content) * 8)
+        damaged[bit // 8] ^= 1 << bit % 8
+        shard(path).write_bytes(damaged)
+        assert len(store.verify(path)) == 1
+        array = store.FeatureStore(path).complete("clip/5/tokens")
+        with pytest.raises(StoreError, match="damaged"):
+            array.read(np.arange(32, 64))
+    shard(path).write_bytes(content)
+    assert store.verify(path) == []
+
+
+@pytest.mark.parametrize("part", [0, 0.01, 0.25, 0.5, 0.99])
+def test_a_cut_shard_gives_an_error_and_never_zeros(features: Path, tmp_path: Path, part: float) -> None:
+    path = copy(features, tmp_path)
+    content = shard(path).read_bytes()
+    shard(path).write_bytes(content[: int(len(content) * part)])
+    with pytest.raises(StoreError, match="damaged"):
+        store.FeatureStore(path).complete("clip/5/tokens").read([40])
+
+
+def test_a_missing_shard_or_inner_chunk_gives_an_error(features: Path, tmp_path: Path) -> None:
+    path = copy(features, tmp_path)
+    file = shard(path)
+    content = bytearray(file.read_bytes())
+    table = len(content) - 4 - 32 * 16
+    struct.pack_into("<QQ", content, table, store.MISSING, store.MISSING)
+    import google_crc32c
+
+    struct.pack_into("<I", content, len(content) - 4, google_crc32c.value(bytes(content[table:-4])))
+    file.write_bytes(content)
+    with pytest.raises(StoreError, match="row 32 is missing"):
+        store.FeatureStore(path).complete("clip/5/tokens").read([32])
+    file.unlink()
+    with pytest.raises(StoreError, match="cannot be opened"):
+        store.FeatureStore(path).complete("clip/5/tokens").read([33])
+
+
+def test_what_is_not_committed_is_not_read(features: Path, tmp_path: Path) -> None:
+    path = copy(features, tmp_path)
+    store.commit_file(path, "clip/5/tokens", 2).unlink()
+    opened = store.FeatureStore(path)
+    with pytest.raises(StoreError, match="3 of 4 shards"):
+        opened.complete("clip/5/tokens")
+    with pytest.raises(StoreError, match="not committed"):
+        opened.array("clip/5/tokens").read([70])
+
+
+def test_repair_withdraws_only_the_damaged_shard(features: Path, tmp_path: Path) -> None:
+    path = copy(features, tmp_path)
+    shard(path).write_bytes(b"x")
+    assert len(store.verify(path, repair=True)) == 1
+    assert store.FeatureStore(path).array("clip/5/tokens").missing_shards == [1]
+    assert store.FeatureStore(path).array("mae/draw-0/tokens").missing_shards == []
+
+
+def test_wrong_blocks_are_refused_before_they_are_written(features: Path, tmp_path: Path) -> None:
+    path = copy(features, tmp_path)
+    index, name = Index(path / "index"), "clip/5/tokens"
+    store.commit_file(path, name, 0).unlink()
+    before = shard(path, name, 0).read_bytes()
+    ids = [str(i) for i in range(32)]
+    good = np.zeros((32, 17, 96), np.float16)
+    for block in (good[:1], good[:, :1], good.astype(np.float32)):
+        with pytest.raises(StoreError, match="does not fit"):
+            store.write_shard(path, name, index, 0, block, ids, [], 0.0)
+    bad = good.copy()
+    bad[3, 0, 0] = np.nan
+    with pytest.raises(StoreError, match="row 3"):
+        store.write_shard(path, name, index, 0, bad, ids, [], 0.0)
+    assert shard(path, name, 0).read_bytes() == before and not store.commit_file(path, name, 0).exists()
+
+
+def test_rows_out_of_range(features: Path) -> None:
+    array = store.FeatureStore(features).complete("clip/5/tokens")
+    for row in (-1, 128):
+        with pytest.raises(StoreError, match="rows 0 to 127"):
+            array.read([row])
+
+
+def test_one_owner_at_a_time(tmp_path: Path) -> None:
+    with store.owner(tmp_path / "s.zarr"), pytest.raises(StoreError, match="another extraction"):
+        with store.owner(tmp_path / "s.zarr"):
+            pass
+    with store.owner(tmp_path / "s.zarr"):
+        pass
+
+
+def test_a_newer_schema_is_refused(features: Path, tmp_path: Path) -> None:
+    path = copy(features, tmp_path)
+    zarr.open_group(path, mode="r+").attrs["xformer_schema"] = 99
+    with pytest.raises(StoreError, match="schema 99"):
+        store.FeatureStore(path)
+
+
+def test_index_and_captions(features: Path, corpus: Path) -> None:
+    index = Index(features / "index")
+    rows, captions = index.captions()
+    assert index.count == 128 and len(captions) == len(rows) == 3 * 128
+    assert index.description["train"] == 96 and index.description["val"] == 32
+    import json
+
+    first = json.loads((corpus / "train" / "captions.json").read_text())["annotations"][0]
+    assert captions[0] == first["caption"] and index.shard(0)[0]["id"] == str(first["image_id"])
