@@ -4,6 +4,7 @@ One task = one whole shard of every array that is still missing there. Rerunning
 """
 
 import hashlib
+import shutil
 import time
 from collections.abc import Iterator
 from functools import cache
@@ -172,6 +173,7 @@ def plan_index(path: Path, corpus: Corpus, settings: Settings, limit: int | None
     import zarr
 
     zarr.open_group(path, mode="a", zarr_format=3, attributes={"xformer_schema": store.SCHEMA})
+    shutil.rmtree(path / "index", ignore_errors=True)  # of a planning that did not finish; nothing refers to it yet
     say(f"planning {path}: reading every image once")
     write_index(path / "index", corpus, settings.store.shard_rows, settings.corpus.val_fraction, limit)
     return Index(path / "index")

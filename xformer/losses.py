@@ -24,7 +24,7 @@ def itc(
         same: bool [B, G], true where the columns show this row's image or say the same; several are all positives.
         smoothing: label smoothing (LAVIS: 0.1).
     """
-    targets = same.float() / same.sum(1, keepdim=True)
+    targets = same.to(torch.promote_types(queries.dtype, torch.float32)) / same.sum(1, keepdim=True)
     targets = targets * (1 - smoothing) + smoothing / same.shape[1]
     to_text = similarity(queries, all_texts) / temperature
     to_image = similarity(all_queries, texts).T / temperature

@@ -1,0 +1,158 @@
+"""Training: exact resume, logged draws, refusal of what does not fit, and a guard against losses that are not finite."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from xformer import checkpoint
+from xformer.data import Schedule
+from xformer.errors import CheckpointError, SettingsError, StoreError, TrainingError
+from xformer.loop import learning_rate
+from xformer.settings import load_settings
+from xformer.train import train_stage1, train_stage2
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint.newest(run) / "model.safetensors")
+
+
+def same(a: Path, b: Path) -> bool:
+    first, second = weights(a), weights(b)
+    return set(first) == set(second) and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def test_a_run_resumed_in_the_middle_of_an_epoch_is_bitwise_the_same(
+    features: Path, stage1: Path, small: list[str], tmp_path: Path
+) -> None:
+    settings = load_settings(overrides=small)
+    copy = Path(shutil.copytree(stage1, tmp_path / "run"))
+    shutil.rmtree(checkpoint.checkpoints(copy)[-1])
+    assert checkpoint.read_state(checkpoint.newest(copy))["step"] == 2
+    train_stage1([features], copy, settings, "xformer", resume=True)
+    assert same(copy, stage1)
+    other = tmp_path / "other"
+    train_stage1([features], other, load_settings(overrides=small, seed=1), "xformer", resume=False)
+    assert not same(other, stage1)
+
+
+def test_the_log_and_the_checkpoint_hold_the_draw_of_each_epoch(
+    features: Path, small: list[str], tmp_path: Path
+) -> None:
+    wanted = [*small, "train.batch=96", "train.max_steps=9", "stage1.weights.reconstruction=0"]
+    train_stage1([features], tmp_path / "run", load_settings(overrides=wanted), "xformer", resume=False)
+    lines = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    epochs = [(line["epoch"], line["draw"]) for line in lines if line["event"] == "epoch"]
+    assert epochs == [(0, 0), (1, 1), (2, 0)]
+    state = checkpoint.read_state(checkpoint.newest(tmp_path / "run"))
+    assert [(e["epoch"], e["draw"]) for e in state["epochs"]] == epochs
+    assert state["settings"]["stage1"]["batch"] == 96
+
+
+def test_checkpoints_hold_trainables_only_and_validation_names_the_constant(stage1: Path, stage2: Path) -> None:
+    assert not any("decoder" in name for name in weights(stage1))
+    assert not any("llm.model" in name for name in weights(stage2)) and "llm_proj.weight" in weights(stage2)
+    measured = checkpoint.read_state(checkpoint.newest(stage1))["validation"]
+    assert {"itm", "itm_constant", "itm_accuracy", "recall1_image_to_text", "itg", "reconstruction"} <= set(measured)
+    assert list((stage1 / "tensorboard").rglob("events.out.*"))
+
+
+def test_sample_order_is_a_permutation_that_depends_on_seed_and_epoch_only() -> None:
+    schedule = Schedule(pairs=50, batch=8, epochs=3, max_steps=0, seed=5)
+    assert schedule.per_epoch == 6 and schedule.steps == 18
+    orders = [schedule.order(e) for e in range(3)]
+    assert all(sorted(o) == list(range(50)) for o in orders)
+    assert not np.array_equal(orders[0], orders[1])
+    np.testing.assert_array_equal(orders[1], Schedule(50, 8, 9, 0, 5).order(1))
+
+
+def test_learning_rate_warms_up_and_ends_at_its_minimum() -> None:
+    recipe = load_settings("paper").stage1
+    assert learning_rate(recipe, 0, 10_000) == pytest.approx(1e-6 + (1e-4 - 1e-6) / 2000)
+    assert learning_rate(recipe, 1999, 10_000) == pytest.approx(1e-4)
+    assert learning_rate(recipe, 10_000, 10_000) == pytest.approx(1e-5)
+    rates = [learning_rate(recipe, s, 10_000) for s in range(2000, 10_000, 500)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_a_loss_that_is_not_finite_stops_after_three_steps_and_is_never_saved(
+    features: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xformer import losses
+
+    honest, calls = losses.itg, []
+
+    def poisoned(*args):
+        calls.append(1)
+        return honest(*args) * (float("nan") if len(calls) > 2 else 1.0)
+
+    monkeypatch.setattr(losses, "itg", poisoned)
+    wanted = [*small, "train.max_steps=9", "train.validate_every=9"]
+    with pytest.raises(TrainingError, match="3 steps in a row"):
+        train_stage1([features], tmp_path / "run", load_settings(overrides=wanted), "qformer", resume=False)
+    saved = checkpoint.checkpoints(tmp_path / "run")
+    assert [p.name for p in saved] == ["step-00000002", "step-00000004"]
+    a, b = (load_file(p / "model.safetensors") for p in saved)
+    assert all(torch.equal(a[k], b[k]) for k in a) and all(v.isfinite().all() for v in b.values())
+
+
+def test_damaged_checkpoints_are_found(stage1: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(stage1, tmp_path / "run"))
+    file = checkpoint.newest(copy) / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match="damaged"):
+        checkpoint.read_tensors(file.parent, "model.safetensors")
+
+
+def test_a_half_written_checkpoint_is_not_one(stage1: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(stage1, tmp_path / "run"))
+    newest = checkpoint.newest(copy)
+    (newest / "state.json").unlink()
+    assert checkpoint.newest(copy) != newest
+
+
+def test_what_does_not_fit_is_refused_before_the_first_step(
+    features: Path, stage1: Path, stage2: Path, small: list[str], tmp_path: Path
+) -> None:
+    settings = load_settings(overrides=small)
+    with pytest.raises(CheckpointError, match="stage-1 run"):
+        train_stage2([features], tmp_path / "none", tmp_path / "out", settings, None, resume=False)
+    with pytest.raises(CheckpointError, match="stage-2 run"):
+        train_stage2([features], stage2, tmp_path / "out", settings, None, resume=False)
+    with pytest.raises(CheckpointError, match="--model says qformer"):
+        train_stage2([features], stage1, tmp_path / "out", settings, "qformer", resume=False)
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        train_stage1([features], stage1, settings, "xformer", resume=False)
+    with pytest.raises(SettingsError, match="settings differ"):
+        train_stage1([features], stage1, load_settings(overrides=[*small, "train.lr=2e-4"]), "xformer", resume=True)
+    with pytest.raises(SettingsError, match="dual.itg"):
+        changed = load_settings(overrides=[*small, "dual.itg=layerwise"])
+        train_stage2([features], stage1, tmp_path / "out", changed, None, resume=False)
+    with pytest.raises(StoreError, match="mask_ratio"):
+        changed = load_settings(overrides=[*small, "mae.mask_ratio=0.5"])
+        train_stage1([features], tmp_path / "out", changed, "xformer", resume=False)
+    assert not (tmp_path / "out" / "checkpoints").exists()
+
+
+def test_features_of_another_encoder_are_refused_and_the_field_is_named(
+    features: Path, stage1: Path, small: list[str], tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(features, tmp_path / "store.zarr"))
+    meta = other / "clip/5/tokens/zarr.json"
+    content = json.loads(meta.read_text())
+    content["attributes"]["identity"]["weights_sha256"] = "0" * 64
+    meta.write_text(json.dumps(content))
+    with pytest.raises(StoreError, match="clip weights_sha256"):
+        train_stage2([other], stage1, tmp_path / "out", load_settings(overrides=small), None, resume=False)
+
+
+def test_several_stores_train_together(features: Path, small: list[str], tmp_path: Path) -> None:
+    other = Path(shutil.copytree(features, tmp_path / "more.zarr"))
+    summary = train_stage1([features, other], tmp_path / "run", load_settings(overrides=small), "qformer", resume=False)
+    assert summary["steps"] == 4
