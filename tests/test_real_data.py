@@ -1,0 +1,30 @@
+"""Real photos and real questions, where they are there."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cli import main
+from tests.conftest import SHARED
+
+COCO = SHARED / "coco_mini"
+
+
+@pytest.mark.skipif(not COCO.is_dir(), reason="the real photos are not here")
+def test_coco_from_photos_to_answers(small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    source = ["--corpus", str(COCO / "captions.json"), "--images", str(COCO / "images"), "--store", "S"]
+    main(["extract", "--encoder", "clip", *source, "--json", "clip.json"])
+    main(["extract", "--encoder", "mae", "--draws", "2", *source])
+    report = json.loads(Path("clip.json").read_text())
+    assert (report["images"], report["captions"], report["dead"]) == (75, 375, [])
+    few = [word for override in small for word in ("--set", override)]
+    main(["train", "--stage", "1", "--features", "S", "--out", "R1", *few])
+    main(["train", "--stage", "2", "--features", "S", "--init", "R1", "--out", "R2", *few])
+    given = ["--questions", str(COCO / "vqa_questions.json"), "--annotations", str(COCO / "vqa_annotations.json")]
+    main(["eval", "vqav2", "--checkpoint", "R2", "--images", str(COCO / "images"), *given, "--out", "E"])
+    assert len(json.loads(Path("E/results.json").read_text())) == 8
+    for name in ("oc", "mci"):
+        questions = ["--questions", str(COCO / f"gvtbench_coco_{name}.json"), "--limit", "4"]
+        main(["eval", name, "--checkpoint", "R2", "--images", str(COCO / "images"), *questions, "--out", name])
