@@ -307,14 +307,15 @@ def demo(
 
 def run_command(arguments: list[str]) -> None:
     """One command line inside this process. Raises what the command raises."""
-    app(args=arguments, standalone_mode=False)
+    if app(args=arguments, standalone_mode=False) == 130:  # what Typer makes of Ctrl-C
+        raise KeyboardInterrupt
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; a user's mistake is one sentence on stderr and an exit code that is not 0."""
     code = 0
     try:
-        code = app(args=arguments, standalone_mode=False) or 0
+        run_command(sys.argv[1:] if arguments is None else arguments)
     except UserError as error:
         print(f"xformer: {error}", file=sys.stderr)
         code = error.exit_code

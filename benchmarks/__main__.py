@@ -1,0 +1,139 @@
+"""Ratios measured side by side in one run: start-up, memory of an extraction, and reading shuffled rows.
+
+python -m benchmarks [start] [memory] [reader] [--json FILE]
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from xformer.console import say, table
+
+
+def start() -> dict:
+    """`xformer --help` against a bare interpreter, alternating, median of 9."""
+    lines = {
+        "python -c pass": [sys.executable, "-c", "pass"],
+        "xformer --help": [sys.executable, "-m", "cli", "--help"],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in lines}
+    for _ in range(9):
+        for name, line in lines.items():
+            began = time.perf_counter()
+            subprocess.run(line, stdout=subprocess.DEVNULL, check=True)
+            seconds[name].append(time.perf_counter() - began)
+    medians = {name: statistics.median(v) for name, v in seconds.items()}
+    medians["ratio"] = medians["xformer --help"] / medians["python -c pass"]
+    table("start-up (seconds)", ("", "median"), [(k, f"{v:.3f}") for k, v in medians.items()])
+    return medians
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+from pipeline.corpora import open_corpus
+from pipeline.extract import extract
+from xformer.console import set_quiet
+from xformer.settings import load_settings
+set_quiet(True)
+corpus, store, limit = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+extract(open_corpus(corpus), store, ["clip"], load_settings(), limit=limit, in_process=True)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+TRAIN = """
+import resource, sys
+from pathlib import Path
+from xformer.console import set_quiet
+from xformer.settings import load_settings
+from xformer.train import train_stage1
+set_quiet(True)
+train_stage1([Path(sys.argv[1])], Path(sys.argv[2]), load_settings(overrides=["train.max_steps=30"]), "qformer", False)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+"""
+
+
+def memory() -> dict:
+    """Peak resident memory (MiB) of extraction and of training at 1,000 and at 10,000 images."""
+    from pipeline.shapes import write_shapes
+
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        here = Path(folder)
+        write_shapes(here / "shapes", 10_000, 1, seed=0)
+        for count in (1_000, 10_000):
+            for name, code, arguments in (
+                ("extract", PEAK, (here / "shapes", here / f"{count}.zarr", count)),
+                ("train", TRAIN, (here / f"{count}.zarr", here / f"run{count}")),
+            ):
+                line = [sys.executable, "-c", code, *map(str, arguments)]
+                done = subprocess.run(line, capture_output=True, text=True, check=True)
+                found[f"{name}, {count:,} images"] = float(done.stdout.split()[-1])
+    for name in ("extract", "train"):
+        found[f"{name}, ratio"] = found[f"{name}, 10,000 images"] / found[f"{name}, 1,000 images"]
+    table("peak memory (MiB)", ("", "peak"), found.items())
+    return found
+
+
+def reader() -> dict:
+    """Shuffled rows of 257 x 1408 fp16: our reader, a memory map (the limit), and zarr's own index lists."""
+    import numpy as np
+    import zarr
+
+    from pipeline.index import Index
+    from pipeline.store import FeatureArray, create_array, write_shard
+
+    rows, per_shard, shape = 512, 64, (257, 1408)
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "s.zarr"
+        index = Index.__new__(Index)
+        index.folder, index.count, index.shard_rows, index.shards = store / "index", rows, per_shard, rows // per_shard
+        create_array(store, "clip/39/tokens", index, shape, "float16", {"a": 1}, {})
+        plain = np.lib.format.open_memmap(Path(folder) / "m.npy", "w+", np.float16, (rows, *shape))
+        draw = np.random.default_rng(0)
+        for shard in range(index.shards):
+            block = draw.standard_normal((per_shard, *shape), np.float32).astype(np.float16)
+            ids = [str(i) for i in range(per_shard)]
+            write_shard(store, "clip/39/tokens", index, shard, block, ids, [], 0.0)
+            plain[shard * per_shard : (shard + 1) * per_shard] = block
+        ours = FeatureArray(store, "clip/39/tokens", index)
+        theirs = zarr.open_array(store, path="clip/39/tokens", mode="r")
+        out = np.ones((64, *shape), np.float16)
+        readers = {
+            "memory map, np.take": lambda chosen: np.take(plain, chosen, 0, out=out, mode="clip"),
+            "ours, crc32c checked": lambda chosen: ours.read(chosen, out),
+            "zarr oindex": lambda chosen: theirs.oindex[chosen],
+        }
+        seconds: dict[str, list[float]] = {name: [] for name in readers}
+        for _ in range(8):
+            chosen = draw.permutation(rows)[:64]
+            for name, read in readers.items():
+                began = time.perf_counter()
+                read(chosen)
+                seconds[name].append(time.perf_counter() - began)
+        for name, values in seconds.items():
+            found[f"{name} (GB/s)"] = out.nbytes / 1e9 / statistics.median(values)
+    found["ours : memory map"] = found["ours, crc32c checked (GB/s)"] / found["memory map, np.take (GB/s)"]
+    table("reading shuffled rows", ("", "value"), found.items())
+    return found
+
+
+PARTS = {"start": start, "memory": memory, "reader": reader}
+
+
+def main() -> None:
+    words = sys.argv[1:]
+    file = words[words.index("--json") + 1] if "--json" in words else None
+    chosen = [name for name in PARTS if name in words] or list(PARTS)
+    report = {name: PARTS[name]() for name in chosen}
+    if file:
+        Path(file).write_text(json.dumps(report, indent=2) + "\n")
+        say(f"figures in {file}")
+
+
+if __name__ == "__main__":
+    main()
