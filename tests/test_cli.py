@@ -82,7 +82,10 @@ def test_a_full_disk_is_one_sentence(
 def test_ctrl_c_leaves_nothing_half_written(features: Path, tmp_path: Path) -> None:
     line = ["train", "--stage", "1", "--features", str(features), "--out", "run", "--set", "train.save_every=1",
             "--set", "train.batch=8", "--set", "stage1.max_steps=100000", "--set", "stage1.epochs=10000"]  # fmt: skip
-    code = f"import sys; sys.path.insert(0, {str(Path.cwd())!r}); from cli import main; main({line!r})"
+    code = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "  # a shell may have ignored it
+    )
+    code += f"sys.path.insert(0, {str(Path.cwd())!r}); from cli import main; main({line!r})"
     child = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "run").glob("checkpoints/step-*/state.json")) and time.monotonic() < deadline:
