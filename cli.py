@@ -253,7 +253,7 @@ def train(
 @app.command("eval")
 def evaluate(
     benchmark: Annotated[Benchmark, typer.Argument()],
-    checkpoint: Annotated[Path | None, typer.Option(help="A stage-2 run; left out, runs/stage2.")] = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="A stage-2 run; left out, the newest in runs/.")] = None,
     features: Annotated[Path | None, typer.Option(help="Answer from this store; left out, store.zarr.")] = None,
     images: Annotated[Path | None, typer.Option(help="Answer from pictures, encoded on the fly.")] = None,
     questions: Annotated[Path | None, typer.Option(help="Left out: those of the shapes corpus.")] = None,
@@ -271,22 +271,21 @@ def evaluate(
 ) -> None:
     """Answer a benchmark zero-shot and score it, beside the constant answer and the blind language model."""
     _settings(preset, config, set_, seed, quiet)
+    from xformer.checkpoint import newest_run
     from xformer.evaluation.run import evaluate as run
 
-    source = None
-    if images is not None:
-        source = _encode_images(images, checkpoint or Path("runs/stage2"), questions)
+    if checkpoint is None and results is None:
+        checkpoint = newest_run(Path("runs"), stage=2)
+    run_folder = checkpoint or Path("runs/stage2")
+    store = features or Path("store.zarr")
+    if images is not None and results is None:  # the same path as with a store, by way of a temporary one
+        from pipeline.temporary import temporary_store
+
+        store = temporary_store(images, run_folder, questions)
     run(
-        benchmark.value, checkpoint or Path("runs/stage2"), source or features or Path("store.zarr"), questions,
-        annotations, results, out or Path("eval") / benchmark.value, list(set_ or []), limit, allow_partial, blind,
+        benchmark.value, run_folder, store, questions, annotations, results, out or Path("eval") / benchmark.value,
+        list(set_ or []), limit, allow_partial, blind,
     )  # fmt: skip
-
-
-def _encode_images(folder: Path, checkpoint: Path, questions: Path | None):
-    """The same path as with a store: extract into a temporary one, then answer from its features."""
-    from pipeline.temporary import temporary_store
-
-    return temporary_store(folder, checkpoint, questions)
 
 
 @app.command()

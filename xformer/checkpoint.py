@@ -57,6 +57,17 @@ def newest(run: Path) -> Path:
     return found[-1]
 
 
+def newest_run(folder: Path, stage: int) -> Path:
+    """The run below `folder` of that stage whose newest checkpoint is the latest. Raises CheckpointError."""
+    states = sorted(folder.glob("*/checkpoints/step-*/state.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    for file in states:
+        if read_state(file.parent)["stage"] == stage:
+            return file.parents[2]
+    raise CheckpointError(
+        f"{folder} holds no checkpoint of a stage-{stage} run; train one: xformer train --stage {stage}"
+    )
+
+
 def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
 

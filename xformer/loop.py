@@ -183,6 +183,9 @@ class Loop:
         if norm is not None:
             self._measured.setdefault("gradient_norm", []).append(float(norm))
         finite = math.isfinite(total) and (norm is None or math.isfinite(float(norm)))
+        if accelerator.scaler is not None:  # fp16: the scaler skips a step that overflows and lowers its scale
+            self.optimizer.step()
+            return total
         if finite:
             self.optimizer.step()
         return total if finite else math.nan
