@@ -63,7 +63,7 @@ def _settings(preset: str, config: Path | None, overrides: list[str] | None, see
     from xformer import console
     from xformer.settings import load_settings
 
-    console.set_quiet(quiet)
+    console.set_quiet(quiet or os.environ.get("RANK", "0") != "0")  # of several processes one speaks
     return load_settings(preset, config, overrides or [], seed)
 
 

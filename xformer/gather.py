@@ -1,5 +1,7 @@
 """Gathering across ranks, explicit and outside the losses. On one process everything is the identity."""
 
+import warnings
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,4 +16,5 @@ def gather(x: Tensor) -> Tensor:
     """[B, ...] of every rank -> [world * B, ...] in rank order; gradients flow back to every rank."""
     if rank_and_world()[1] == 1:
         return x
+    warnings.filterwarnings("ignore", message=".*all_gather is deprecated", category=FutureWarning)
     return torch.cat(list(all_gather(x.contiguous())))

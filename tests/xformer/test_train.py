@@ -156,3 +156,18 @@ def test_several_stores_train_together(features: Path, small: list[str], tmp_pat
     other = Path(shutil.copytree(features, tmp_path / "more.zarr"))
     summary = train_stage1([features, other], tmp_path / "run", load_settings(overrides=small), "qformer", resume=False)
     assert summary["steps"] == 4
+
+
+def test_two_processes_train_one_run(features: Path, small: list[str], tmp_path: Path) -> None:
+    import os
+    import subprocess
+    import sys
+
+    line = ["train", "--stage", "1", "--features", str(features), "--out", str(tmp_path / "run")]
+    line += [word for override in small for word in ("--set", override)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cli"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    subprocess.run([*launch, *line], check=True, capture_output=True, env=environment, timeout=300)
+    lines = [json.loads(text) for text in (tmp_path / "run/log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if line["event"] == "train"] == [1, 2, 3, 4]
+    assert checkpoint.read_state(checkpoint.newest(tmp_path / "run"))["step"] == 4
