@@ -43,6 +43,8 @@ class Pretrained(StrEnum):
 class Model(StrEnum):
     xformer = "xformer"
     qformer = "qformer"
+    concat = "concat"
+    early = "early"
 
 
 class Benchmark(StrEnum):
@@ -281,7 +283,7 @@ def evaluate(
     if images is not None and results is None:  # the same path as with a store, by way of a temporary one
         from pipeline.temporary import temporary_store
 
-        store = temporary_store(images, run_folder, questions)
+        store = temporary_store(images, run_folder, questions, set_)
     run(
         benchmark.value, run_folder, store, questions, annotations, results, out or Path("eval") / benchmark.value,
         list(set_ or []), limit, allow_partial, blind,

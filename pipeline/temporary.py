@@ -12,17 +12,23 @@ from pipeline.corpora import Row, open_corpus
 from pipeline.extract import extract
 from xformer.checkpoint import newest, read_state
 from xformer.errors import CorpusError, EvaluationError
+from xformer.local import local_tokens, mask_ratio
 from xformer.settings import settings_from, with_overrides
 
 
-def temporary_store(folder: Path, run: Path, questions: Path | None) -> Path:
+def temporary_store(folder: Path, run: Path, questions: Path | None, overrides: list[str] | None = None) -> Path:
     """Encodes the pictures that the questions ask about, as the checkpoint's features were made.
 
     Returns: a store that is removed when the process ends.
     """
     state = read_state(newest(run))
     settings = settings_from(state["settings"], str(run))
-    settings = with_overrides(settings, [f"mae.draws={settings.eval.draw + 1}", "store.shard_rows=64"])
+    model, layers = state["model"], settings.clip.layers[:1]
+    settings = with_overrides(settings, overrides or [])
+    local, ratio = local_tokens(settings, model), mask_ratio(settings, model, "eval")
+    layers += [settings.local.layer] if local == "clip" else []
+    needed = [f"clip.layers={layers}", f"mae.draws={settings.eval.draw + 1}", "store.shard_rows=64"]
+    settings = with_overrides(settings, [*needed, f"mae.mask_ratio={ratio}"] if ratio else needed)
     corpus = open_corpus(folder)
     wanted = None if questions is None else _asked(questions)
 
@@ -36,9 +42,9 @@ def temporary_store(folder: Path, run: Path, questions: Path | None) -> Path:
     memory = Path("/dev/shm")
     parent = Path(tempfile.mkdtemp(prefix="xformer-", dir=memory if memory.is_dir() else None))
     atexit.register(shutil.rmtree, parent, True)
-    kinds = ["clip", "mae"] if state["model"] == "xformer" else ["clip"]
+    kinds = ["clip", "mae"] if local == "mae" else ["clip"]
     store = parent / "store.zarr"
-    extract(replace(corpus, rows=rows), store, kinds, settings, whole=settings.mae.mask_ratio == 0, in_process=True)
+    extract(replace(corpus, rows=rows), store, kinds, settings, whole=ratio == 0, in_process=True)
     return store
 
 

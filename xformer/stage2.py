@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, OPTForCausalLM
 
 from xformer.errors import WeightsError
+from xformer.local import rebuilds
 from xformer.losses import reconstruction
 from xformer.model import Batch, XFormer, build_xformer
 from xformer.reconstruction import FrozenDecoder
@@ -98,6 +99,5 @@ def caption_texts(captions: list[str], settings: Settings) -> list[str]:
 def build_stage2(settings: Settings, model: str) -> Stage2:
     xformer = build_xformer(settings, model, vocabulary=0)
     llm = FrozenLlm(settings.llm.weights, settings.llm.autocast)
-    rebuild = model == "xformer" and settings.stage2.weights.reconstruction > 0 and settings.mae.mask_ratio > 0
-    decoder = FrozenDecoder(settings.mae.weights) if rebuild else None
+    decoder = FrozenDecoder(settings.mae.weights) if rebuilds(settings, model, "stage2") else None
     return Stage2(xformer, llm, settings.qformer.width, decoder)

@@ -1,7 +1,7 @@
 """The two trainers: settings -> model and cached pairs -> one loop with Accelerate."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,6 +10,7 @@ from xformer import checkpoint
 from xformer.console import say
 from xformer.data import Cache, Pairs
 from xformer.errors import CheckpointError, SettingsError, StoreError
+from xformer.local import rebuilds
 from xformer.loop import Loop
 from xformer.model import Batch, build_stage1
 from xformer.settings import Settings
@@ -17,8 +18,11 @@ from xformer.text import TextTokenizer, bert_state
 from xformer.validate import validate_stage1, validate_stage2
 
 
-def _pairs(features: list[Path], settings: Settings, model: str, pixels: bool) -> tuple[Pairs, Pairs, list[Cache]]:
-    caches = [Cache(path, settings, model, pixels) for path in features]
+def _pairs(
+    features: list[Path], settings: Settings, model: str, stage: Literal["stage1", "stage2"]
+) -> tuple[Pairs, Pairs, list[Cache]]:
+    pixels = rebuilds(settings, model, stage)
+    caches = [Cache(path, settings, model, pixels, stage) for path in features]
     text = settings.qformer
     tokenizer = TextTokenizer(text.text, text.max_text, text.max_words)
     train, val = (Pairs(caches, split, tokenizer, settings) for split in ("train", "val"))
@@ -57,9 +61,8 @@ def train_stage1(features: list[Path], run: Path, settings: Settings, model: str
     _prepare_run(run, resume)
     recipe = settings.stage1
     weights = dict(recipe.weights)
-    rebuild = model == "xformer" and recipe.weights.reconstruction > 0 and settings.mae.mask_ratio > 0
     torch.manual_seed(settings.seed)
-    train, val, caches = _pairs(features, settings, model, rebuild)
+    train, val, caches = _pairs(features, settings, model, "stage1")
     stage1 = build_stage1(settings, model, train.tokenizer.vocabulary, train.tokenizer.begin)
     if settings.qformer.bert:
         from xformer.qformer import load_bert
@@ -90,7 +93,7 @@ def train_stage2(
     if model is not None and model != before["model"]:
         raise CheckpointError(f"{init} is a {before['model']} run, --model says {model}; leave --model out.")
     model = str(before["model"])
-    for section in ("qformer", "dual"):
+    for section in ("qformer", "dual", "local"):
         theirs, ours = before["settings"][section], settings.dump()[section]
         if difference := next((key for key in theirs if theirs[key] != ours.get(key)), None):
             raise SettingsError(
@@ -99,9 +102,8 @@ def train_stage2(
             )
     recipe = settings.stage2
     weights = dict(recipe.weights)
-    rebuild = model == "xformer" and recipe.weights.reconstruction > 0 and settings.mae.mask_ratio > 0
     torch.manual_seed(settings.seed)
-    train, val, caches = _pairs(features, settings, model, rebuild)
+    train, val, caches = _pairs(features, settings, model, "stage2")
     compare_identities(before["identities"], caches[0].identities(), str(init), str(features[0]))
     stage2 = build_stage2(settings, model)
     checkpoint.load_model(start, stage2.xformer, prefix="xformer.")
