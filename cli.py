@@ -291,6 +291,23 @@ def evaluate(
 
 
 @app.command()
+def params(
+    llm: Annotated[str | None, typer.Option(help="opt-2.7b, opt-6.7b, or a folder; left out, the settings'.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    preset: Preset = "tiny",
+    config: Config = None,
+    set_: Set = None,
+    seed: Seed = None,
+    quiet: Quiet = False,
+) -> None:
+    """Trainable and frozen parameters of every system, part by part, beside the paper's figures."""
+    settings = _settings(preset, config, set_, seed, quiet)
+    from xformer.params import params as run
+
+    run(settings, llm, as_json)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("demo"),
     preset: Preset = "tiny",

@@ -105,8 +105,9 @@ class Stage1(nn.Module):
             hard: negatives from softmax(similarity) as BLIP-2, else drawn evenly.
             generator: draws the negatives.
         """
-        clip = batch.clip.float()
-        local = None if batch.mae is None else batch.mae.float()
+        dtype = self.itm_head.weight.dtype  # the cache holds fp16
+        clip = batch.clip.to(dtype)
+        local = None if batch.mae is None else batch.mae.to(dtype)
         image = self.xformer.image_keys_values(clip, local)
         queries, own = self.xformer.qformer.queries(image)
         enhanced, rebuilt = self.xformer.enhance(queries, local)
