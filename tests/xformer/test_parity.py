@@ -40,11 +40,10 @@ def record(request: pytest.FixtureRequest) -> Iterator[Callable[[str, Tensor, Te
         assert error <= limit, (name, error)
 
     yield compare
-    terminal = request.config.pluginmanager.getplugin("terminalreporter")
-    if terminal is not None:
-        terminal.write_line("\n")
+    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
+        print()
         for name, (error, limit) in sorted(largest.items()):
-            terminal.write_line(f"{name:<58} {error:9.1e}  (limit {limit:.0e})")
+            print(f"{name:<58} {error:9.1e}  (limit {limit:.0e})")
 
 
 def shake(module: torch.nn.Module, std: float = 0.2) -> None:
