@@ -22,7 +22,7 @@ OPT = {  # hidden size, layers, heads, feed-forward: Zhang et al. 2022 (arXiv 22
     "opt-6.7b": (4096, 32, 32, 16384),
     "opt-13b": (5120, 40, 40, 20480),
 }
-VIT_MAE_HUGE = {  # He et al. 2022, section 4 and models_mae.py mae_vit_huge_patch14_dec512d8b
+VIT_MAE_HUGE: dict[str, Any] = {  # He et al. 2022, section 4 and models_mae.py mae_vit_huge_patch14_dec512d8b
     "hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16, "intermediate_size": 5120, "patch_size": 14,
     "image_size": 224, "decoder_hidden_size": 512, "decoder_num_hidden_layers": 8, "decoder_num_attention_heads": 16,
     "decoder_intermediate_size": 2048,
@@ -66,7 +66,7 @@ def _mae(settings: Settings) -> Any:
 
 def trained(settings: Settings, model: str, llm_width: int) -> dict[str, int]:
     """Parameters that stage 2 trains, part by part; their sum is the paper's count."""
-    bridge = build_xformer(settings, model, 0)
+    bridge: Any = build_xformer(settings, model, 0)
     qformer, every = bridge.qformer, settings.qformer.cross_every
     cross = [layer.crossattention for layer in qformer.layers]
     parts = {
@@ -86,7 +86,7 @@ def trained(settings: Settings, model: str, llm_width: int) -> dict[str, int]:
 
 
 def text_feed_forwards(settings: Settings) -> int:
-    bridge = build_xformer(settings, "qformer", VOCABULARY)
+    bridge: Any = build_xformer(settings, "qformer", VOCABULARY)
     return sum(count(layer.text_ffn) for layer in bridge.qformer.layers)
 
 
@@ -100,7 +100,8 @@ def frozen(settings: Settings, llm: Any) -> dict[str, int]:
     import timm
     from transformers import OPTForCausalLM, ViTMAEForPreTraining
 
-    clip = timm.create_model(settings.clip.architecture, pretrained=False, num_classes=0, **settings.clip.kwargs)
+    arguments: dict[str, Any] = dict(settings.clip.kwargs)
+    clip: Any = timm.create_model(settings.clip.architecture, pretrained=False, num_classes=0, **arguments)
     unused = [*clip.blocks[settings.clip.layers[0] :], clip.norm, clip.fc_norm]
     mae = ViTMAEForPreTraining(_mae(settings))
     return {

@@ -13,7 +13,7 @@ from xformer.model import Batch, XFormer, build_xformer
 from xformer.reconstruction import FrozenDecoder
 from xformer.settings import Settings
 from xformer.text import clean
-from xformer.weights import resolve
+from xformer.weights import resolve, sha256_of_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -32,6 +32,7 @@ class FrozenLlm(nn.Module):
         self.model.eval().requires_grad_(False)
         self.newline = int(self.tokenizer.encode("\n", add_special_tokens=False)[-1])
         self.begin, self.pad = int(self.tokenizer.convert_tokens_to_ids("</s>")), int(self.tokenizer.pad_token_id or 1)
+        self.sha256, self.context = sha256_of_folder(folder), int(self.model.config.max_position_embeddings)
         self.width = int(self.model.get_input_embeddings().weight.shape[1])
 
     def train(self, mode: bool = True) -> "FrozenLlm":
