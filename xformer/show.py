@@ -131,8 +131,7 @@ def _draw(file: Path, picture: Path, panels: dict, similar: np.ndarray, rows: di
             axis.axis("off")
         for number, (axis, grid) in enumerate(zip(tiles.flat, maps, strict=False)):
             axis.imshow(original, extent=(0, 1, 0, 1))
-            colours = plt.get_cmap("inferno").copy()
-            colours.set_bad("0.6")
+            colours = plt.get_cmap("inferno").with_extremes(bad="0.6")
             axis.imshow(grid, extent=(0, 1, 0, 1), cmap=colours, alpha=0.65, vmin=0, interpolation="nearest")
             axis.set_title(str(number), fontsize=7, pad=1)
     figure.savefig(file, dpi=110)
