@@ -53,7 +53,8 @@ def test_ask_is_what_eval_and_python_answer(corpus: Path, stage2: Path, tmp_path
     (tmp_path / "q.json").write_text(json.dumps({"questions": questions}))
     (tmp_path / "a.json").write_text(json.dumps({"annotations": answers}))
     main(["eval", "vqav2", "--checkpoint", str(stage2), "--images", str(picture.parent), "--questions",
-          str(tmp_path / "q.json"), "--annotations", str(tmp_path / "a.json"), "--out", str(tmp_path / "e"), "--no-blind"])  # fmt: skip
+          str(tmp_path / "q.json"), "--annotations", str(tmp_path / "a.json"), "--no-blind",
+          "--out", str(tmp_path / "e")])  # fmt: skip
     assert json.loads((tmp_path / "e/results.json").read_text())[0]["answer"] == said
 
 
