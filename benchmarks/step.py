@@ -23,7 +23,7 @@ from xformer.reconstruction import FrozenDecoder
 from xformer.settings import load_settings
 from xformer.text import generation_labels
 
-VOCABULARY, BEGIN, PADDED, BATCH, ROUNDS = 10_000, 9_999, 32, 4, 3
+VOCABULARY, BEGIN, PADDED, BATCH, ROUNDS = 10_000, 9_999, 32, 4, 5
 LAYERS, DECODER_LAYERS = (
     4,
     3,
@@ -157,28 +157,44 @@ def step() -> dict:
     scale = max(float(g.abs().max()) for g in gradients["as LAVIS"].values())
     del gradients
     seconds: dict[str, list[float]] = {name: [] for name in STEPS}
+    processor: dict[str, list[float]] = {name: [] for name in STEPS}
     for _ in range(ROUNDS):
         for name, run in STEPS.items():
             stage1.zero_grad()
-            began = time.perf_counter()
+            began, worked = time.perf_counter(), time.process_time()
             run(stage1, batch).backward()
             seconds[name].append(time.perf_counter() - began)
+            processor[name].append(time.process_time() - worked)
     medians = {name: statistics.median(v) for name, v in seconds.items()}
     memory = {name: peak(name) for name in STEPS}
-    ratio, limit = medians["as LAVIS"] / medians["ours"], operations["as LAVIS"] / operations["ours"]
+    # of neighbouring steps, since other work on the machine comes and goes
+    pairs = sorted(theirs / own for own, theirs in zip(seconds["ours"], seconds["as LAVIS"], strict=True))
+    ratio, limit = statistics.median(pairs), operations["as LAVIS"] / operations["ours"]
+    worked_ratio = statistics.median(processor["as LAVIS"]) / statistics.median(processor["ours"])
     rows = [(name, medians[name], operations[name] / BATCH / 1e9, memory[name]) for name in STEPS]
     table(
-        f"stage-1 step, X-Former at the paper's widths and a third of its depth, batch {BATCH}, {batch.ids.shape[1]} text tokens",
+        f"stage-1 step, X-Former at the paper's widths, a third of its depth, batch {BATCH}, {batch.ids.shape[1]} tokens",
         ("", "seconds", "GFLOP per image", "peak MiB"), rows,
     )  # fmt: skip
-    table(
-        "as LAVIS : ours", ("", "ratio"), [("measured", ratio), ("operation counts", limit), ("share", ratio / limit)]
-    )
+    ratios = {
+        "measured, median of pairs": ratio,
+        "measured, lowest": pairs[0],
+        "measured, highest": pairs[-1],
+        "processor time": worked_ratio,
+        "operation counts": limit,
+        "measured : operation counts": ratio / limit,
+    }
+    table("as LAVIS : ours", ("", "ratio"), ratios.items())
     table("gradients", ("", "value"), [("largest difference", f"{error:.1e}"), ("largest gradient", f"{scale:.1e}")])
     return {
-        "batch": BATCH, "text_tokens": batch.ids.shape[1], "seconds": medians, "flop": operations, "peak_mib": memory,
-        "ratio": ratio, "operation_ratio": limit, "share": ratio / limit, "gradient_difference": error,
-    }  # fmt: skip
+        "batch": BATCH,
+        "text_tokens": batch.ids.shape[1],
+        "seconds": seconds,
+        "flop": operations,
+        "peak_mib": memory,
+        "ratios": ratios,
+        "gradient_difference": error,
+    }
 
 
 if __name__ == "__main__":

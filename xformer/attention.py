@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,13 +48,15 @@ def attention_maps(
     a concatenation's weights over (C, M*) are cut in two.
     """
     qformer, seen = bridge.qformer, {}
-    numbered = [(i, layer.crossattention) for i, layer in enumerate(qformer.layers)]
+    layers: Any = qformer.layers
+    numbered = [(i, layer.crossattention) for i, layer in enumerate(layers)]
     blocks = {"clip": [b for i, b in numbered if i % qformer.cross_every == 0][-1]}
     early = [b for i, b in numbered if i % qformer.cross_every and b is not None]
     if early:
         blocks["local"] = early[-1]
     if bridge.dual is not None:
-        blocks["local"] = bridge.dual.layers[-1]["queries"]
+        last: Any = bridge.dual.layers[-1]
+        blocks["local"] = last["queries"]
     with _watch(blocks, seen):
         enhanced, rebuilt = bridge(clip, local)
     if bridge.concat is not None:
