@@ -43,6 +43,8 @@ class Pretrained(StrEnum):
 class Model(StrEnum):
     xformer = "xformer"
     qformer = "qformer"
+    concat = "concat"
+    early = "early"
 
 
 class Benchmark(StrEnum):
@@ -228,7 +230,9 @@ def train(
     ],
     features: Annotated[list[Path], typer.Option(help="A feature store; may be repeated.")],
     out: Annotated[Path | None, typer.Option(help="Run folder; left out, runs/stage1 or runs/stage2.")] = None,
-    init: Annotated[Path | None, typer.Option(help="Stage 2: the stage-1 run; left out, runs/stage1.")] = None,
+    init: Annotated[
+        Path | None, typer.Option(help="The stage-1 run to start from; stage 2: left out, runs/stage1.")
+    ] = None,
     model: Annotated[Model | None, typer.Option(help="Left out: xformer, or what the stage-1 run was.")] = None,
     llm: Annotated[str | None, typer.Option(help="Stage 2: weights of another frozen OPT.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
@@ -244,7 +248,8 @@ def train(
     from xformer.train import train_stage1, train_stage2
 
     if stage == 1:
-        train_stage1(features, out or Path("runs/stage1"), settings, model.value if model else "xformer", resume)
+        chosen = model.value if model else "xformer"
+        train_stage1(features, out or Path("runs/stage1"), settings, chosen, resume, init)
     else:
         chosen = model.value if model else None
         train_stage2(features, init or Path("runs/stage1"), out or Path("runs/stage2"), settings, chosen, resume)
@@ -281,11 +286,123 @@ def evaluate(
     if images is not None and results is None:  # the same path as with a store, by way of a temporary one
         from pipeline.temporary import temporary_store
 
-        store = temporary_store(images, run_folder, questions)
+        store = temporary_store(images, run_folder, questions, set_)
     run(
         benchmark.value, run_folder, store, questions, annotations, results, out or Path("eval") / benchmark.value,
         list(set_ or []), limit, allow_partial, blind,
     )  # fmt: skip
+
+
+Checkpoint = Annotated[Path | None, typer.Option(help="A stage-2 run; left out, the newest in runs/.")]
+
+
+def _stage2(checkpoint: Path | None) -> Path:
+    from xformer.checkpoint import newest_run
+
+    return checkpoint or newest_run(Path("runs"), stage=2)
+
+
+def _pictures(images: list[Path]) -> list[Path]:
+    """Files as they are named; of a folder all of its pictures."""
+    from pipeline.corpora import open_corpus
+
+    found = []
+    for image in images:
+        found += [image / row.location for row in open_corpus(image).rows()] if image.is_dir() else [image]
+    return found
+
+
+@app.command()
+def ask(
+    image: Annotated[Path, typer.Argument(help="A picture.")],
+    question: Annotated[str, typer.Argument(help="For example: How many donuts are there?")],
+    checkpoint: Checkpoint = None,
+    set_: Set = None,
+    quiet: Quiet = False,
+) -> None:
+    """Answer a question about one picture."""
+    _settings("tiny", None, None, None, True)
+    from pipeline.temporary import picture_store
+    from xformer.ask import ask as run
+
+    folder = _stage2(checkpoint)
+    run(folder, picture_store([image], folder, set_), image, question, set_ or [])
+
+
+@app.command()
+def caption(
+    images: Annotated[list[Path], typer.Argument(help="Pictures, or a folder: JSON lines.")],
+    checkpoint: Checkpoint = None,
+    set_: Set = None,
+    quiet: Quiet = False,
+) -> None:
+    """Describe pictures."""
+    _settings("tiny", None, None, None, True)
+    from pipeline.temporary import picture_store
+    from xformer.ask import caption as run
+
+    folder, pictures = _stage2(checkpoint), _pictures(images)
+    as_lines = any(image.is_dir() for image in images)
+    run(folder, picture_store(pictures, folder, set_), pictures, as_lines, set_ or [])
+
+
+@app.command()
+def show(
+    images: Annotated[list[Path], typer.Argument(help="Pictures, or a folder of them.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A run of either stage; left out, the newest in runs/.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for one PNG per picture.")] = Path("show"),
+    set_: Set = None,
+    quiet: Quiet = False,
+) -> None:
+    """Draw the masked input, its reconstruction, each query's attention, and the similarity of the queries."""
+    _settings("tiny", None, None, None, True)
+    from pipeline.temporary import picture_store
+    from xformer.console import set_quiet
+    from xformer.show import show as run
+
+    folder, pictures = _stage2(checkpoint), _pictures(images)
+    store = picture_store(pictures, folder, set_)
+    set_quiet(quiet)
+    run(folder, store, pictures, out, set_ or [])
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="A LAVIS or MAE .pth file, or a transformers BLIP-2 folder.")],
+    out: Annotated[Path, typer.Option(help="A new folder: a run for BLIP-2, weights for an MAE.")],
+    norm_pix: Annotated[
+        bool | None, typer.Option("--norm-pix/--raw-pix", help="What an MAE decoder predicts, if its name is silent.")
+    ] = None,
+    preset: Preset = "tiny",
+    config: Config = None,
+    set_: Set = None,
+    seed: Seed = None,
+    quiet: Quiet = False,
+) -> None:
+    """Import BLIP-2 or MAE weights; every key is imported, ignored with a reason, or an error."""
+    settings = _settings(preset, config, set_, seed, quiet)
+    from xformer.importing import import_weights
+
+    import_weights(source, out, settings, norm_pix)
+
+
+@app.command()
+def params(
+    llm: Annotated[str | None, typer.Option(help="opt-2.7b, opt-6.7b, or a folder; left out, the settings'.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
+    preset: Preset = "tiny",
+    config: Config = None,
+    set_: Set = None,
+    seed: Seed = None,
+    quiet: Quiet = False,
+) -> None:
+    """Trainable and frozen parameters of every system, part by part, beside the paper's figures."""
+    settings = _settings(preset, config, set_, seed, quiet)
+    from xformer.params import params as run
+
+    run(settings, llm, as_json)
 
 
 @app.command()

@@ -1,6 +1,6 @@
 """Ratios measured side by side in one run: start-up, memory of an extraction, and reading shuffled rows.
 
-python -m benchmarks [start] [memory] [reader] [--json FILE]
+python -m benchmarks [start] [memory] [reader] [step] [--json FILE]
 """
 
 import json
@@ -122,7 +122,14 @@ def reader() -> dict:
     return found
 
 
-PARTS = {"start": start, "memory": memory, "reader": reader}
+def step() -> dict:
+    """The fused stage-1 step against LAVIS's formulation."""
+    from benchmarks.step import step as run
+
+    return run()
+
+
+PARTS = {"start": start, "memory": memory, "reader": reader, "step": step}
 
 
 def main() -> None:

@@ -7,22 +7,21 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from pipeline.corpora import Row, open_corpus
+from pipeline.corpora import Corpus, Row, image_id, open_corpus
 from pipeline.extract import extract
-from xformer.checkpoint import newest, read_state
+from xformer.checkpoint import newest
 from xformer.errors import CorpusError, EvaluationError
+from xformer.local import local_tokens, mask_ratio
 from xformer.settings import settings_from, with_overrides
 
 
-def temporary_store(folder: Path, run: Path, questions: Path | None) -> Path:
+def temporary_store(folder: Path, run: Path, questions: Path | None, overrides: list[str] | None = None) -> Path:
     """Encodes the pictures that the questions ask about, as the checkpoint's features were made.
 
     Returns: a store that is removed when the process ends.
     """
-    state = read_state(newest(run))
-    settings = settings_from(state["settings"], str(run))
-    settings = with_overrides(settings, [f"mae.draws={settings.eval.draw + 1}", "store.shard_rows=64"])
     corpus = open_corpus(folder)
     wanted = None if questions is None else _asked(questions)
 
@@ -33,12 +32,49 @@ def temporary_store(folder: Path, run: Path, questions: Path | None) -> Path:
 
     if next(rows(), None) is None:
         raise CorpusError(f"--images {folder}: none of its pictures is asked about in {questions}.")
+    return _encode(replace(corpus, rows=rows), run, overrides or [])
+
+
+def picture_store(pictures: list[Path], run: Path, overrides: list[str] | None = None) -> Path:
+    """Encodes single pictures; row i of the store that is returned is pictures[i]. Masks are keyed as everywhere by
+    the image id, or by the whole path where two pictures have the same."""
+    for picture in pictures:
+        if not picture.is_file():
+            raise CorpusError(f"{picture}: there is no such picture.")
+    absolute = [picture.resolve() for picture in pictures]
+    ids = [image_id(picture.name) for picture in absolute]
+    ids = [key if ids.count(key) == 1 else str(place) for key, place in zip(ids, absolute, strict=True)]
+    if len(set(ids)) != len(ids):
+        raise CorpusError(f"{next(key for key in ids if ids.count(key) > 1)} stands twice; name each picture once.")
+    root = Path("/")
+
+    def rows() -> Iterator[Row]:
+        for key, place in zip(ids, absolute, strict=True):
+            yield Row(key, place.relative_to(root).as_posix(), ())
+
+    return _encode(Corpus("pictures", root, "", rows), run, ["corpus.max_dead_fraction=1.0", *(overrides or [])])
+
+
+def model_config(folder: Path) -> dict[str, Any]:
+    """config.json of a saved model, or of a run's newest checkpoint."""
+    file = folder / "config.json"
+    return json.loads((file if file.is_file() else newest(folder) / "config.json").read_text(encoding="utf-8"))
+
+
+def _encode(corpus: Corpus, run: Path, overrides: list[str]) -> Path:
+    config = model_config(run)
+    settings, model = settings_from(config["settings"], str(run)), config["variant"]
+    settings, layers = with_overrides(settings, overrides), settings.clip.layers[:1]
+    local, ratio = local_tokens(settings, model), mask_ratio(settings, model, "eval")
+    layers += [settings.local.layer] if local == "clip" else []
+    needed = [f"clip.layers={layers}", f"mae.draws={settings.eval.draw + 1}", "store.shard_rows=64"]
+    settings = with_overrides(settings, [*needed, f"mae.mask_ratio={ratio}"] if ratio else needed)
     memory = Path("/dev/shm")
     parent = Path(tempfile.mkdtemp(prefix="xformer-", dir=memory if memory.is_dir() else None))
     atexit.register(shutil.rmtree, parent, True)
-    kinds = ["clip", "mae"] if state["model"] == "xformer" else ["clip"]
+    kinds = ["clip", "mae"] if local == "mae" else ["clip"]
     store = parent / "store.zarr"
-    extract(replace(corpus, rows=rows), store, kinds, settings, whole=settings.mae.mask_ratio == 0, in_process=True)
+    extract(corpus, store, kinds, settings, whole=ratio == 0, in_process=True)
     return store
 
 

@@ -11,6 +11,7 @@ import torch
 
 from pipeline.store import FeatureArray, FeatureStore
 from xformer.errors import StoreError
+from xformer.local import Phase, local_tokens, mask_ratio
 from xformer.model import Batch
 from xformer.settings import Mae, Settings
 from xformer.text import TextTokenizer
@@ -38,7 +39,7 @@ class Cache:
     Raises: StoreError where an array is missing, incomplete, or was made in another way; the field is named.
     """
 
-    def __init__(self, path: Path, settings: Settings, model: str, pixels: bool) -> None:
+    def __init__(self, path: Path, settings: Settings, model: str, pixels: bool, phase: Phase = "stage1") -> None:
         self.store = FeatureStore(path)
         layer = settings.clip.layers[0]
         self.clip = self._open(f"clip/{layer}/tokens")
@@ -49,10 +50,13 @@ class Cache:
             raise StoreError(
                 f"{path}: clip tokens are {self.clip.shape[-1]} wide, the settings say {settings.clip.width}."
             )
-        if model == "xformer":
-            self._open_mae(path, settings.mae)
+        self.local = local_tokens(settings, model)
+        if self.local == "mae":
+            self._open_mae(path, settings.mae, mask_ratio(settings, model, phase))
             if pixels and self.kept:
                 self.pixels = self._open("pixels/view-0")
+        elif self.local == "clip":
+            self.mae = [self._open(f"clip/{settings.local.layer}/tokens")]
         arrays = [self.clip, *self.mae, *self.kept, *([self.pixels] if self.pixels else [])]
         self.dead = {row for array in arrays for row in array.dead}
         self.patches = (settings.image_size // settings.mae.patch) ** 2
@@ -60,8 +64,13 @@ class Cache:
     def _open(self, name: str) -> FeatureArray:
         return self.store.complete(name)
 
-    def _open_mae(self, path: Path, mae: Mae) -> None:
-        if mae.mask_ratio == 0:
+    def _open_mae(self, path: Path, mae: Mae, ratio: float) -> None:
+        if ratio == 0:
+            if "mae/full/tokens" not in self.store.names():
+                raise StoreError(
+                    f"{path} has no MAE features of whole images, which mask_ratio 0 asks for; run: "
+                    f"xformer extract --encoder mae --mask-ratio 0 --store {path}"
+                )
             self.mae = [self._open("mae/full/tokens")]
         else:
             names = [n for n in self.store.names() if n.startswith("mae/draw-") and n.endswith("/tokens")]
@@ -71,22 +80,21 @@ class Cache:
                 self.mae.append(self._open(f"mae/draw-{draw}/tokens"))
                 self.kept.append(self._open(f"mae/draw-{draw}/kept"))
             have = self.mae[0].attributes["usage"]["mask_ratio"]
-            if have != mae.mask_ratio:
-                raise StoreError(
-                    f"{path}: made with mask_ratio {have}, the settings say mae.mask_ratio {mae.mask_ratio}."
-                )
+            if have != ratio:
+                raise StoreError(f"{path}: made with mask_ratio {have}, the settings ask for mask_ratio {ratio}.")
         if self.mae[0].shape[-1] != mae.width:
             raise StoreError(f"{path}: mae tokens are {self.mae[0].shape[-1]} wide, the settings say {mae.width}.")
 
     @property
     def draws(self) -> int:
-        """K: epoch e reads draw e mod K. 0 where no MAE features are read, 1 for whole images."""
+        """K: epoch e reads draw e mod K. 0 where no local tokens are read, 1 where they do not depend on a mask."""
         return len(self.mae)
 
     def identities(self) -> dict[str, dict]:
         """What decides the features' values, by encoder; saved with a checkpoint and compared before step 0."""
         found = {"clip": self.clip.attributes["identity"]}
-        return found | ({"mae": self.mae[0].attributes["identity"]} if self.mae else {})
+        name = "mae" if self.local == "mae" else "local clip"
+        return found | ({name: self.mae[0].attributes["identity"]} if self.mae else {})
 
     def read(self, rows: np.ndarray, draw: int) -> Features:
         """The features of `rows` under one mask draw. Raises StoreError for any row that is not there."""

@@ -7,6 +7,11 @@ from torch.nn import functional as F
 ITM_CONSTANT = 0.6365141682948128  # loss of the predictor that says 1/3 always: the entropy of (1/3, 2/3)
 
 
+def full(x: Tensor) -> Tensor:
+    """At least float32: losses of half-precision logits are computed in float32, those of float64 stay float64."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def similarity(queries: Tensor, texts: Tensor) -> Tensor:
     """Normalised queries [I, Q, P] and texts [T, P] -> [I, T], the maximum over queries."""
     return torch.einsum("iqp,tp->itq", queries, texts).amax(-1)
@@ -51,12 +56,15 @@ def hard_negatives(similarities: Tensor, same: Tensor, generator: torch.Generato
 
 def itm(logits: Tensor, labels: Tensor) -> Tensor:
     """Image-text matching: logits [N, Q, 2] averaged over the queries, labels int64 [N]."""
-    return F.cross_entropy(logits.mean(1).float(), labels)
+    return F.cross_entropy(full(logits.mean(1)), labels)
 
 
 def itg(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """Image-grounded text generation: logits [B, T, V] for labels int64 [B, T], -100 = no loss."""
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, label_smoothing=smoothing)
+    """Image-grounded text generation: logits [B, T, V] for labels int64 [B, T], -100 = no loss; without any label 0."""
+    total = F.cross_entropy(
+        full(logits.flatten(0, 1)), labels.flatten(), ignore_index=-100, label_smoothing=smoothing, reduction="sum"
+    )
+    return total / (labels != -100).sum().clamp(min=1)
 
 
 def patchify(pixels: Tensor, patch: int) -> Tensor:
@@ -74,8 +82,8 @@ def reconstruction(predicted: Tensor, pixels: Tensor, kept: Tensor, patch: int, 
         kept: bool [B, patches], true = visible, carries no loss.
         norm_pix: targets normalised per patch with the unbiased variance + 1e-6.
     """
-    target = patchify(pixels.float(), patch)
+    target = patchify(full(pixels), patch)
     if norm_pix:
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
     masked = ~kept
-    return ((predicted.float() - target) ** 2).mean(-1)[masked].mean()
+    return ((full(predicted) - target) ** 2).mean(-1)[masked].mean()

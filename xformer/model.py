@@ -1,6 +1,8 @@
 """X-Former: cached CLIP tokens C and MAE tokens M -> enhanced queries Z' (sections 2 and 3, figures 3 and 4).
 
-The plain Q-Former (BLIP-2, figure 1a) is the same module without the dual cross-attention: there Z' is Z_q.
+The paper's other bridges are the same module without the dual cross-attention, so that Z' is Z_q: the Q-Former
+(BLIP-2, figure 1a), concatenation (1b: M* = linear(M), the Q-Former reads (C, M*)), and early cross-attention (1c: the
+layers that have no cross-attention to C have one to M).
 """
 
 from dataclasses import dataclass, fields, replace
@@ -12,17 +14,19 @@ from torch.nn import functional as F
 from xformer import losses
 from xformer.dual import DualCrossAttention
 from xformer.gather import gather, rank_and_world
+from xformer.local import local_tokens, local_width, rebuilds
 from xformer.qformer import KeysValues, QFormer
 from xformer.reconstruction import FrozenDecoder
 from xformer.settings import Settings
 from xformer.text import generation_labels
 
-MODELS = ("xformer", "qformer")
+MODELS = ("xformer", "qformer", "concat", "early")
 
 
 @dataclass
 class Batch:
-    """One batch of image-text pairs. `clip` [B, N, Wc] and `mae` [B, 1 + visible, Wm] are cached tokens."""
+    """One batch of image-text pairs. `clip` [B, N, Wc] and `mae` [B, 1 + visible, Wm] (or the local tokens
+    in its place) are cached."""
 
     rows: Tensor  # int64 [B], the same number = the same image
     texts: Tensor  # int64 [B], the same number = the same caption
@@ -41,24 +45,34 @@ class Batch:
 class XFormer(nn.Module):
     """The trained bridge: the norm over C (trained, so it is not in the cache), the Q-Former, the dual block."""
 
-    def __init__(self, qformer: QFormer, image_width: int, dual: DualCrossAttention | None) -> None:
+    def __init__(
+        self, qformer: QFormer, image_width: int, dual: DualCrossAttention | None = None,
+        concat: nn.Linear | None = None, local_norm: nn.LayerNorm | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.image_norm = nn.LayerNorm(image_width, eps=1e-5)  # LAVIS ln_vision
-        self.qformer, self.dual = qformer, dual
+        self.qformer, self.dual, self.concat = qformer, dual, concat
+        self.local_norm = local_norm  # of CLIP tokens, which like C are cached before any norm; M has had the MAE's
 
-    def image_keys_values(self, clip: Tensor) -> list[KeysValues | None]:
-        return self.qformer.image_keys_values(self.image_norm(clip))
+    def _normalised(self, local: Tensor | None) -> Tensor | None:
+        return local if local is None or self.local_norm is None else self.local_norm(local)
+
+    def image_keys_values(self, clip: Tensor, local: Tensor | None = None) -> list[KeysValues | None]:
+        """Every cross-attention's keys and values of C, of (C, M*) for concatenation, also of M for early."""
+        image, local = self.image_norm(clip), self._normalised(local)
+        if self.concat is not None:
+            image = torch.cat([image, self.concat(local)], 1)
+        return self.qformer.image_keys_values(image, local)
 
     def enhance(self, queries: Tensor, local: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Z_q [B, Q, W] and M -> Z' and M'; without a dual block both pass through."""
         if self.dual is None:
             return queries, local
-        assert local is not None
-        return self.dual(queries, local)
+        return self.dual(queries, self._normalised(local))
 
     def forward(self, clip: Tensor, local: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """C [B, N, Wc] and M [B, 1 + visible, Wm] -> Z' [B, Q, W] and M'."""
-        queries, _ = self.qformer.queries(self.image_keys_values(clip))
+        queries, _ = self.qformer.queries(self.image_keys_values(clip, local))
         return self.enhance(queries, local)
 
 
@@ -91,9 +105,10 @@ class Stage1(nn.Module):
             hard: negatives from softmax(similarity) as BLIP-2, else drawn evenly.
             generator: draws the negatives.
         """
-        clip = batch.clip.float()
-        local = None if batch.mae is None else batch.mae.float()
-        image = self.xformer.image_keys_values(clip)
+        dtype = self.itm_head.weight.dtype  # the cache holds fp16
+        clip = batch.clip.to(dtype)
+        local = None if batch.mae is None else batch.mae.to(dtype)
+        image = self.xformer.image_keys_values(clip, local)
         queries, own = self.xformer.qformer.queries(image)
         enhanced, rebuilt = self.xformer.enhance(queries, local)
         temperature = self.temperature.clamp(0.001, 0.5)
@@ -142,8 +157,8 @@ class Stage1(nn.Module):
             other = [None if kv is None else (kv[0][negative_image], kv[1][negative_image]) for kv in image]
             other_local = None if local is None else local[negative_image]
         else:  # features are frozen: they are gathered without a gradient
-            other = self.xformer.image_keys_values(gather(clip)[negative_image])
             other_local = None if local is None else gather(local)[negative_image]
+            other = self.xformer.image_keys_values(gather(clip)[negative_image], other_local)
         ids, mask = _gather_texts(batch.ids, batch.mask)
         keep = torch.cat([torch.ones_like(image_ok), image_ok, text_ok])
         triples = [
@@ -178,21 +193,24 @@ def _gather_texts(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 def build_xformer(settings: Settings, model: str, vocabulary: int) -> XFormer:
     """The bridge of one of MODELS; `vocabulary` 0 leaves the text parts out, as stage 2 does."""
-    q, d = settings.qformer, settings.dual
+    q, d, width = settings.qformer, settings.dual, local_width(settings)
     qformer = QFormer(
-        q.width, q.layers, q.heads, q.intermediate, q.queries, q.cross_every, settings.clip.width, vocabulary, q.dropout
-    )
-    dual = None
+        q.width, q.layers, q.heads, q.intermediate, q.queries, q.cross_every, settings.clip.width, vocabulary, q.dropout,
+        local_width=width if model == "early" else None,
+    )  # fmt: skip
+    dual, concat = None, None
     if model == "xformer":
-        dual = DualCrossAttention(settings.mae.width, q.width, d.heads, d.depth, d.ffn_ratio, d.ffn_block2)
-    return XFormer(qformer, settings.clip.width, dual)
+        dual = DualCrossAttention(width, q.width, d.heads, d.depth, d.ffn_ratio, d.ffn_block2)
+    if model == "concat":
+        concat = nn.Linear(width, settings.clip.width)
+    norm = nn.LayerNorm(width, eps=1e-5) if local_tokens(settings, model) == "clip" else None
+    return XFormer(qformer, settings.clip.width, dual, concat, norm)
 
 
 def build_stage1(settings: Settings, model: str, vocabulary: int, begin: int) -> Stage1:
     """A stage-1 model. The decoder is loaded only where a reconstruction loss is asked for."""
     xformer = build_xformer(settings, model, vocabulary)
-    rebuild = model == "xformer" and settings.stage1.weights.reconstruction > 0 and settings.mae.mask_ratio > 0
-    decoder = FrozenDecoder(settings.mae.weights) if rebuild else None
+    decoder = FrozenDecoder(settings.mae.weights) if rebuilds(settings, model, "stage1") else None
     itg = settings.dual.itg if model == "xformer" else "layerwise"
     width, projection = settings.qformer.width, settings.qformer.projection
     return Stage1(xformer, decoder, width, projection, begin, itg, settings.stage1.label_smoothing)

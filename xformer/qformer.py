@@ -101,6 +101,8 @@ class QFormer(nn.Module):
 
     Args:
         image_width: width of the image tokens (1408 for ViT-g).
+        local_width: given, the layers without cross-attention to the image have one to local tokens of this width
+            (early cross-attention, X-Former figure 1c).
         vocabulary: text vocabulary with [DEC]; 0 leaves all text parts out, as stage 2 does.
     """
 
@@ -116,13 +118,17 @@ class QFormer(nn.Module):
         vocabulary: int,
         dropout: float = 0.0,
         positions: int = 512,
+        local_width: int | None = None,
     ) -> None:
         super().__init__()
+        self.cross_every = cross_every
         self.dropout = dropout
         self.query_tokens = nn.Parameter(torch.empty(1, queries, width))
         self.norm = nn.LayerNorm(width, eps=EPS)
         self.layers = nn.ModuleList(
-            Layer(width, heads, intermediate, dropout, None if i % cross_every else image_width, bool(vocabulary))
+            Layer(
+                width, heads, intermediate, dropout, local_width if i % cross_every else image_width, bool(vocabulary)
+            )
             for i in range(layers)
         )
         if vocabulary:
@@ -134,9 +140,18 @@ class QFormer(nn.Module):
         self.apply(_initialise)
         nn.init.normal_(self.query_tokens, std=0.02)
 
-    def image_keys_values(self, image: Tensor) -> list[KeysValues | None]:
-        """Cross-attention keys and values of [B, N, image width], computed once and used by every pass over it."""
-        return [None if x.crossattention is None else x.crossattention.keys_values(image) for x in self._layers()]
+    def image_keys_values(self, image: Tensor, local: Tensor | None = None) -> list[KeysValues | None]:
+        """Cross-attention keys and values of [B, N, image width], and in the layers between those of [B, L, local
+        width] where they have any; computed once and used by every pass over the image."""
+        found: list[KeysValues | None] = []
+        for i, layer in enumerate(self._layers()):
+            source = local if i % self.cross_every else image
+            if layer.crossattention is None:
+                found.append(None)
+                continue
+            assert source is not None, "early cross-attention reads local tokens"
+            found.append(layer.crossattention.keys_values(source))
+        return found
 
     def _layers(self) -> list[Layer]:
         return list(self.layers)  # type: ignore[arg-type]

@@ -97,6 +97,12 @@ class Dual(Section):
     itg: Literal["enhanced", "layerwise"]
 
 
+class Local(Section):
+    tokens: Literal["mae", "clip"]
+    layer: Count
+    mask_ratio: Annotated[float, Field(ge=0, lt=1)] | None
+
+
 class Llm(Section):
     weights: str
     autocast: Precision
@@ -150,6 +156,7 @@ class Stage1(Recipe):
 
 class Stage2(Recipe):
     max_text: Annotated[int, Field(ge=4, le=2048)]
+    mask_ratio: Annotated[float, Field(ge=0, lt=1)] | None
     weights: Stage2Weights
 
 
@@ -160,6 +167,7 @@ class Eval(Section):
     max_new_tokens: Count
     batch: Count
     draw: Whole
+    mask_ratio: Annotated[float, Field(ge=0, lt=1)] | None
     split: Literal["train", "val", "all"]
 
     @model_validator(mode="after")
@@ -181,6 +189,7 @@ class Settings(Section):
     store: Store
     qformer: QFormerSettings
     dual: Dual
+    local: Local
     llm: Llm
     stage1: Stage1
     stage2: Stage2
@@ -190,8 +199,9 @@ class Settings(Section):
     def _consistent(self) -> "Settings":
         if self.image_size % self.mae.patch:
             raise ValueError(f"mae.patch ({self.mae.patch}) must divide image_size ({self.image_size})")
-        if self.mae.width % self.dual.heads or self.qformer.width % self.dual.heads:
-            raise ValueError(f"dual.heads ({self.dual.heads}) must divide mae.width and qformer.width")
+        local = self.mae.width if self.local.tokens == "mae" else self.clip.width
+        if local % self.dual.heads or self.qformer.width % self.dual.heads:
+            raise ValueError(f"dual.heads ({self.dual.heads}) must divide qformer.width and the width of local.tokens")
         return self
 
     def dump(self) -> dict[str, Any]:

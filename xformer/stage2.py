@@ -7,12 +7,13 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, OPTForCausalLM
 
 from xformer.errors import WeightsError
+from xformer.local import rebuilds
 from xformer.losses import reconstruction
 from xformer.model import Batch, XFormer, build_xformer
 from xformer.reconstruction import FrozenDecoder
 from xformer.settings import Settings
 from xformer.text import clean
-from xformer.weights import resolve
+from xformer.weights import resolve, sha256_of_folder
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -31,6 +32,7 @@ class FrozenLlm(nn.Module):
         self.model.eval().requires_grad_(False)
         self.newline = int(self.tokenizer.encode("\n", add_special_tokens=False)[-1])
         self.begin, self.pad = int(self.tokenizer.convert_tokens_to_ids("</s>")), int(self.tokenizer.pad_token_id or 1)
+        self.sha256, self.context = sha256_of_folder(folder), int(self.model.config.max_position_embeddings)
         self.width = int(self.model.get_input_embeddings().weight.shape[1])
 
     def train(self, mode: bool = True) -> "FrozenLlm":
@@ -98,6 +100,5 @@ def caption_texts(captions: list[str], settings: Settings) -> list[str]:
 def build_stage2(settings: Settings, model: str) -> Stage2:
     xformer = build_xformer(settings, model, vocabulary=0)
     llm = FrozenLlm(settings.llm.weights, settings.llm.autocast)
-    rebuild = model == "xformer" and settings.stage2.weights.reconstruction > 0 and settings.mae.mask_ratio > 0
-    decoder = FrozenDecoder(settings.mae.weights) if rebuild else None
+    decoder = FrozenDecoder(settings.mae.weights) if rebuilds(settings, model, "stage2") else None
     return Stage2(xformer, llm, settings.qformer.width, decoder)

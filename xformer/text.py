@@ -1,4 +1,4 @@
-"""Captions as the Q-Former reads them: cleaned, tokenised, padded to the longest of the batch only."""
+"""Captions as the Q-Former reads them: cleaned, tokenised, padded to the longest of the batch only, rounded up to 8."""
 
 import re
 
@@ -31,7 +31,12 @@ class TextTokenizer:
         """Captions -> ids int64 [B, T], [CLS] first and [SEP] last, and mask bool [B, T]."""
         texts = [clean(caption, self.max_words) for caption in captions]
         batch = self._tokenizer(
-            texts, padding="longest", truncation=True, max_length=self.max_tokens, return_tensors="pt"
+            texts,
+            padding="longest",
+            truncation=True,
+            max_length=self.max_tokens,
+            pad_to_multiple_of=8,
+            return_tensors="pt",
         )
         return batch["input_ids"], batch["attention_mask"].bool()
 

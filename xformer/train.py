@@ -1,7 +1,7 @@
 """The two trainers: settings -> model and cached pairs -> one loop with Accelerate."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -10,15 +10,19 @@ from xformer import checkpoint
 from xformer.console import say
 from xformer.data import Cache, Pairs
 from xformer.errors import CheckpointError, SettingsError, StoreError
+from xformer.local import rebuilds
 from xformer.loop import Loop
-from xformer.model import Batch, build_stage1
+from xformer.model import Batch, build_stage1, build_xformer
 from xformer.settings import Settings
 from xformer.text import TextTokenizer, bert_state
 from xformer.validate import validate_stage1, validate_stage2
 
 
-def _pairs(features: list[Path], settings: Settings, model: str, pixels: bool) -> tuple[Pairs, Pairs, list[Cache]]:
-    caches = [Cache(path, settings, model, pixels) for path in features]
+def _pairs(
+    features: list[Path], settings: Settings, model: str, stage: Literal["stage1", "stage2"]
+) -> tuple[Pairs, Pairs, list[Cache]]:
+    pixels = rebuilds(settings, model, stage)
+    caches = [Cache(path, settings, model, pixels, stage) for path in features]
     text = settings.qformer
     tokenizer = TextTokenizer(text.text, text.max_text, text.max_words)
     train, val = (Pairs(caches, split, tokenizer, settings) for split in ("train", "val"))
@@ -52,19 +56,33 @@ def _prepare_run(run: Path, resume: bool) -> None:
         raise CheckpointError(f"{run} holds no checkpoint to resume from; leave --resume out.")
 
 
-def train_stage1(features: list[Path], run: Path, settings: Settings, model: str, resume: bool) -> dict[str, Any]:
-    """Stage 1: ITC + ITM + ITG + reconstruction. Returns the run's summary, also in RUN/summary.json."""
+def train_stage1(
+    features: list[Path], run: Path, settings: Settings, model: str, resume: bool, init: Path | None = None
+) -> dict[str, Any]:
+    """Stage 1: ITC + ITM + ITG + reconstruction. Returns the run's summary, also in RUN/summary.json.
+
+    Args:
+        init: a stage-1 run to start from, for example an imported BLIP-2; what the Q-Former has not starts as new.
+    """
     _prepare_run(run, resume)
     recipe = settings.stage1
     weights = dict(recipe.weights)
-    rebuild = model == "xformer" and recipe.weights.reconstruction > 0 and settings.mae.mask_ratio > 0
     torch.manual_seed(settings.seed)
-    train, val, caches = _pairs(features, settings, model, rebuild)
+    train, val, caches = _pairs(features, settings, model, "stage1")
     stage1 = build_stage1(settings, model, train.tokenizer.vocabulary, train.tokenizer.begin)
-    if settings.qformer.bert:
+    if settings.qformer.bert and init is None:
         from xformer.qformer import load_bert
 
         load_bert(stage1.xformer.qformer, bert_state(settings.qformer.text))
+    if init is not None:
+        start = _stage1_checkpoint(init)
+        before = checkpoint.read_state(start)
+        _refuse_other_sizes(before["settings"], settings, init, ("qformer",))
+        compare_identities(before["identities"], caches[0].identities(), str(init), str(features[0]))
+        with torch.device("meta"):
+            plain = {f"xformer.{n}" for n, _ in build_xformer(settings, "qformer", 1).named_parameters()}
+        beside = {n for n, _ in stage1.named_parameters() if n.startswith("xformer.")} - plain
+        checkpoint.load_model(start, stage1, new=frozenset(beside))
     loop = Loop(run, stage1, train, recipe, settings.seed, _describe(settings, model, 1, caches), resume)
 
     def losses_of(batch: Batch, captions: list[str], step: int, draws: torch.Generator) -> dict[str, Tensor]:
@@ -90,22 +108,16 @@ def train_stage2(
     if model is not None and model != before["model"]:
         raise CheckpointError(f"{init} is a {before['model']} run, --model says {model}; leave --model out.")
     model = str(before["model"])
-    for section in ("qformer", "dual"):
-        theirs, ours = before["settings"][section], settings.dump()[section]
-        if difference := next((key for key in theirs if theirs[key] != ours.get(key)), None):
-            raise SettingsError(
-                f"{section}.{difference} is {ours.get(difference)!r} here and {theirs[difference]!r} in {init}; "
-                "use the same settings in both stages."
-            )
+    _refuse_other_sizes(before["settings"], settings, init, ("qformer", "dual", "local"))
     recipe = settings.stage2
     weights = dict(recipe.weights)
-    rebuild = model == "xformer" and recipe.weights.reconstruction > 0 and settings.mae.mask_ratio > 0
     torch.manual_seed(settings.seed)
-    train, val, caches = _pairs(features, settings, model, rebuild)
+    train, val, caches = _pairs(features, settings, model, "stage2")
     compare_identities(before["identities"], caches[0].identities(), str(init), str(features[0]))
     stage2 = build_stage2(settings, model)
     checkpoint.load_model(start, stage2.xformer, prefix="xformer.")
     described = _describe(settings, model, 2, caches) | {"init": str(init)}
+    described["llm"] = {"width": stage2.llm.width, "sha256": stage2.llm.sha256}
     loop = Loop(run, stage2, train, recipe, settings.seed, described, resume)
 
     def losses_of(batch: Batch, captions: list[str], step: int, draws: torch.Generator) -> dict[str, Tensor]:
@@ -117,6 +129,17 @@ def train_stage2(
         return validate_stage2(stage2, val, recipe, settings, loop.accelerator.device)
 
     return loop.run(losses_of, validate, caches[0].draws)
+
+
+def _refuse_other_sizes(before: dict[str, Any], settings: Settings, init: Path, sections: tuple[str, ...]) -> None:
+    """Raises SettingsError, with the field and both values, where a start was trained with other settings."""
+    for section in sections:
+        theirs, ours = before[section], settings.dump()[section]
+        if difference := next((key for key in theirs if theirs[key] != ours.get(key)), None):
+            raise SettingsError(
+                f"{section}.{difference} is {ours.get(difference)!r} here and {theirs[difference]!r} in {init}; "
+                "use the same settings in both stages."
+            )
 
 
 def _stage1_checkpoint(init: Path) -> Path:
@@ -133,5 +156,6 @@ def compare_identities(theirs: dict[str, dict], ours: dict[str, dict], run: str,
     from pipeline.store import first_difference
 
     for encoder, identity in theirs.items():
-        if difference := first_difference(identity, ours.get(encoder, {})):
+        known = {key: value for key, value in ours.get(encoder, {}).items() if key in identity}  # an import knows less
+        if difference := first_difference(identity, known):
             raise StoreError(f"{store} does not fit {run}: {encoder} {difference}; extract with the same encoder.")

@@ -69,6 +69,15 @@ def _from_hub(spec: str, needed: tuple[str, ...]) -> Path:
     return folder
 
 
+def sha256_of_folder(folder: Path) -> str:
+    """The sha256 of a folder's weights: of its one file, else of the list of all of its files' sha256."""
+    for pattern in ("model*.safetensors", "pytorch_model*.bin"):
+        if files := sorted(folder.glob(pattern)):
+            each = [sha256_of(file) for file in files]
+            return each[0] if len(each) == 1 else hashlib.sha256("".join(each).encode()).hexdigest()
+    raise WeightsError(f"{folder} holds no weights.")
+
+
 @cache
 def sha256_of(file: Path) -> str:
     """The sha256 of a weights file, read once per process."""

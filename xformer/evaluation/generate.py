@@ -5,6 +5,7 @@ import torch
 
 from xformer.console import progress
 from xformer.data import Cache
+from xformer.errors import EvaluationError
 from xformer.settings import Eval, Settings
 from xformer.stage2 import FrozenLlm, Stage2
 
@@ -20,6 +21,12 @@ def complete(
     if soft is not None:
         embedded = torch.cat([soft.to(embedded.dtype), embedded], 1)
         seen = torch.cat([mask.new_ones(len(mask), soft.shape[1]), mask], 1)
+    needed = seen.shape[1] + settings.max_new_tokens
+    if needed > llm.context:
+        raise EvaluationError(
+            f"the prompt has {ids.shape[1]} tokens and needs {needed} with image tokens and {settings.max_new_tokens} new "
+            f"ones; the language model's context (max_position_embeddings) is {llm.context}: ask a shorter question."
+        )
     tokens = llm.model.generate(
         inputs_embeds=embedded,
         attention_mask=seen.long(),

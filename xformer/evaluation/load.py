@@ -7,9 +7,9 @@ import torch
 
 from xformer import checkpoint
 from xformer.data import Cache
-from xformer.errors import CheckpointError, EvaluationError
+from xformer.errors import CheckpointError, EvaluationError, SettingsError
 from xformer.settings import Settings, settings_from, with_overrides
-from xformer.stage2 import Stage2, build_stage2
+from xformer.stage2 import FrozenLlm, Stage2, build_stage2
 
 
 def load_stage2(run: Path, overrides: list[str]) -> tuple[Stage2, dict[str, Any], Settings]:
@@ -21,10 +21,26 @@ def load_stage2(run: Path, overrides: list[str]) -> tuple[Stage2, dict[str, Any]
             f"{run} is a stage-1 run; answers need a stage-2 run: xformer train --stage 2 --init {run}"
         )
     settings = with_overrides(settings_from(state["settings"], str(newest)), overrides)
+    for section in ("qformer", "dual", "local", "clip"):
+        theirs, ours = state["settings"][section], settings.dump()[section]
+        if name := next((key for key in ours if ours[key] != theirs[key] and key not in ("weights", "batch")), None):
+            raise SettingsError(
+                f"{section}.{name} is {ours[name]!r} here and {theirs[name]!r} in {newest}; leave it out."
+            )
     stage2 = build_stage2(settings, state["model"])
     checkpoint.load_model(newest, stage2)
+    refuse_other_llm(state.get("llm", {}).get("sha256"), stage2.llm, str(newest))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return stage2.to(device).eval(), state, settings
+
+
+def refuse_other_llm(trained_with: str | None, llm: FrozenLlm, checkpoint_name: str) -> None:
+    """Raises CheckpointError where the language model is not the one that a checkpoint was trained with."""
+    if trained_with is not None and trained_with != llm.sha256:
+        raise CheckpointError(
+            f"{checkpoint_name}: the language model's sha256 is {llm.sha256[:12]} here and {trained_with[:12]} in training; "
+            "give the same llm.weights."
+        )
 
 
 def rows_of_images(cache: Cache, ids: list[str]) -> tuple[list[int], list[str | None]]:

@@ -148,10 +148,11 @@ def _answer(
     from xformer.data import Cache
     from xformer.evaluation import generate
     from xformer.evaluation.load import load_stage2, rows_of_images
+    from xformer.local import mask_ratio
     from xformer.train import compare_identities
 
     stage2, state, settings = load_stage2(run, overrides)
-    cache = Cache(store, settings, state["model"], pixels=False)
+    cache = Cache(store, settings, state["model"], pixels=False, phase="eval")
     compare_identities(state["identities"], cache.identities(), str(run), str(store))
     places, captions = rows_of_images(cache, [str(row["image_id"]) for row in rows])
     asked = [row["question"] for row in rows]
@@ -168,7 +169,7 @@ def _answer(
         "features": str(store),
         "llm": settings.llm.weights,
         "eval": settings.eval.model_dump(mode="json"),
-        "mask_ratio": settings.mae.mask_ratio,
+        "mask_ratio": mask_ratio(settings, state["model"], "eval"),
     }
 
 

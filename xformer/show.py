@@ -1,0 +1,146 @@
+"""`xformer show`: what a model sees of a picture, what it rebuilds, and where its queries look."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from torch import Tensor
+
+from xformer import checkpoint
+from xformer.attention import attention_maps, query_similarity
+from xformer.console import say
+from xformer.data import Cache, normalised
+from xformer.errors import EvaluationError
+from xformer.losses import patchify
+from xformer.model import build_xformer
+from xformer.reconstruction import FrozenDecoder
+from xformer.settings import Settings, settings_from, with_overrides
+from xformer.train import compare_identities
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+
+ACROSS = 8  # queries per line
+
+
+def unpatchify(patches: Tensor, patch: int) -> Tensor:
+    """[B, patches, patch * patch * 3] -> [B, 3, S, S]."""
+    b, n, _ = patches.shape
+    side = int(n**0.5)
+    grid = patches.reshape(b, side, side, patch, patch, 3)
+    return grid.permute(0, 5, 1, 3, 2, 4).reshape(b, 3, side * patch, side * patch)
+
+
+def rebuilt_pixels(decoder: FrozenDecoder, tokens: Tensor, kept: Tensor, pixels: Tensor) -> Tensor:
+    """The decoder's masked patches beside the true visible ones, [B, 3, S, S]. A decoder of normalised pixels gets each
+    patch's true mean and deviation back, as MAE's own pictures do."""
+    true, predicted = patchify(pixels, decoder.patch), decoder(tokens, kept)
+    if decoder.norm_pix:
+        predicted = predicted * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)
+    return unpatchify(torch.where(kept[..., None], true, predicted), decoder.patch)
+
+
+def grids(weights: Tensor, patches: int, kept: Tensor | None) -> np.ndarray:
+    """Attention over [class token, patches] of one image, [Q, 1 + n] -> [Q, side, side]; NaN where a patch is masked."""
+    inside = weights[:, 1:]
+    whole = torch.full((len(inside), patches), torch.nan)
+    whole[:, torch.arange(patches) if kept is None else kept] = inside
+    side = int(patches**0.5)
+    return whole.reshape(-1, side, side).numpy()
+
+
+@torch.no_grad()
+def show(run: Path, store: Path, pictures: list[Path], out: Path, overrides: list[str]) -> list[Path]:
+    """Draws one PNG per picture (row i of the store is pictures[i]) into `out`. Returns the files."""
+    newest = checkpoint.newest(run)
+    state = checkpoint.read_state(newest)
+    settings, model = with_overrides(settings_from(state["settings"], str(newest)), overrides), state["model"]
+    bridge = build_xformer(settings, model, vocabulary=0)
+    checkpoint.load_model(newest, bridge, prefix="xformer.")
+    bridge.eval()
+    cache = Cache(store, settings, model, pixels=True, phase="eval")
+    compare_identities(state["identities"], cache.identities(), str(run), str(store))
+    dead = {letter["row"]: letter["reason"] for letter in cache.store.index.dead()} | cache.clip.dead
+    if dead:
+        raise EvaluationError(f"{pictures[min(dead)]}: {dead[min(dead)]}.")
+    draw = settings.eval.draw % max(1, cache.draws)
+    features = cache.read(np.arange(len(pictures)), draw)
+    clip = torch.from_numpy(features.clip).float()
+    local = None if features.mae is None else torch.from_numpy(features.mae).float()
+    kept = None if features.kept is None else torch.from_numpy(features.kept)
+    maps, enhanced, rebuilt = attention_maps(bridge, clip, local)
+    panels = _panels(settings, model, features.pixels, kept, local, rebuilt)
+    similar = query_similarity(enhanced)
+    out.mkdir(parents=True, exist_ok=True)
+    files = []
+    for i, picture in enumerate(pictures):
+        own = None if kept is None else kept[i]
+        rows = {"CLIP patches": grids(maps["clip"][i], clip.shape[1] - 1, None)}
+        if "local" in maps:
+            count = maps["local"].shape[-1] - 1 if own is None else len(own)
+            name = "MAE patches" if settings.local.tokens == "mae" else f"patches of CLIP block {settings.local.layer}"
+            rows[name] = grids(maps["local"][i], count, own)
+        files.append(out / f"{picture.stem}-{model}.png")
+        _draw(files[-1], picture, {k: v[i] for k, v in panels.items()}, similar[i].numpy(), rows)
+        say(f"{picture} -> {files[-1]}")
+    return files
+
+
+def _panels(
+    settings: Settings, model: str, raw: np.ndarray | None, kept: Tensor | None, local: Tensor | None, rebuilt: Tensor | None
+) -> dict[str, np.ndarray]:  # fmt: skip
+    """Pictures [B, S, S, 3] in 0..1 by title: only X-Former with masked MAE tokens has a masked input and its M'."""
+    if raw is None or kept is None or local is None:
+        return {}
+    pixels = normalised(raw, settings.mae)
+    decoder = FrozenDecoder(settings.mae.weights)
+    masked = unpatchify(patchify(pixels, decoder.patch) * kept[..., None], decoder.patch)
+    found = {"masked input": masked, "rebuilt from M (MAE alone)": rebuilt_pixels(decoder, local, kept, pixels)}
+    if model == "xformer" and rebuilt is not None:
+        found["rebuilt from M'"] = rebuilt_pixels(decoder, rebuilt, kept, pixels)
+    mean, std = (torch.tensor(v)[:, None, None] for v in (settings.mae.mean, settings.mae.std))
+    return {k: (v * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy() for k, v in found.items()}
+
+
+def _draw(file: Path, picture: Path, panels: dict, similar: np.ndarray, rows: dict[str, np.ndarray]) -> None:
+    queries = len(similar)
+    lines = -(-queries // ACROSS)
+    heights = [3.0, *[0.35 + 1.15 * lines] * len(rows)]
+    figure = plt.figure(figsize=(11, sum(heights)), layout="constrained")
+    parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
+    side = next(iter(panels.values())).shape[0] if panels else rows["CLIP patches"].shape[-1] * 16
+    original = _open(picture, max(224, side))
+    top = parts[0] if len(heights) > 1 else parts
+    axes = top.subplots(1, len(panels) + 2, squeeze=False)[0]
+    for axis, (title, image) in zip(axes, {"picture": original, **panels}.items(), strict=False):
+        axis.imshow(image, interpolation="nearest")
+        axis.set_title(title, fontsize=9)
+        axis.axis("off")
+    drawn = axes[-1].imshow(similar, vmin=-1, vmax=1, cmap="RdBu_r")
+    axes[-1].set_title("cosine similarity of the queries Z'", fontsize=9)
+    axes[-1].set(xlabel="query", ylabel="query")
+    top.colorbar(drawn, ax=axes[-1], shrink=0.7)
+    for part, (name, maps) in zip(parts[1:], rows.items(), strict=True):
+        part.suptitle(
+            f"attention of each query over {name} (last cross-attention, mean over heads; masked: grey)", fontsize=9
+        )
+        tiles = part.subplots(lines, ACROSS, squeeze=False)
+        for axis in tiles.flat:
+            axis.axis("off")
+        for number, (axis, grid) in enumerate(zip(tiles.flat, maps, strict=False)):
+            axis.imshow(original, extent=(0, 1, 0, 1))
+            colours = plt.get_cmap("inferno").with_extremes(bad="0.6")
+            axis.imshow(grid, extent=(0, 1, 0, 1), cmap=colours, alpha=0.65, vmin=0, interpolation="nearest")
+            axis.set_title(str(number), fontsize=7, pad=1)
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def _open(picture: Path, side: int) -> np.ndarray:
+    """The picture as the encoders see it: squeezed to a square."""
+    from PIL import Image
+
+    with Image.open(picture) as image:
+        return np.asarray(image.convert("RGB").resize((side, side)))
