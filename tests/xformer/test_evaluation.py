@@ -39,3 +39,187 @@ def test_a_question_about_an_image_that_is_not_there(features: Path, stage2: Pat
     with pytest.raises(EvaluationError, match="first: 7777777"):
         evaluate(Request(out=tmp_path / "no", files=Files(missing), **common), lambda *_: features)
     assert not (tmp_path / "no").exists()
+
+
+def shapes_options(corpus: Path, benchmark: str) -> list[str]:
+    val = corpus / "val"
+    if benchmark in ("vqav2", "okvqa"):
+        return ["--questions", str(val / "vqa_questions.json"), "--annotations", str(val / "vqa_annotations.json")]
+    if benchmark == "gqa":
+        return ["--questions", str(val / "gqa_questions.json")]
+    return ["--annotations", str(val / "captions.json")]
+
+
+def test_gqa_and_its_baselines(features: Path, corpus: Path, stage2: Path, tmp_path: Path) -> None:
+    line = ["eval", "gqa", "--checkpoint", str(stage2), "--features", str(features), *shapes_options(corpus, "gqa")]
+    main([*line, "--limit", "9", "--prompt", "Q: {}", "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert list(report["scores"]) == [
+        "constant answer", "blind LLM", "LLM given a true caption", "xformer with shuffled images", "xformer",
+    ]  # fmt: skip
+    assert report["n"] == 9 and report["eval"]["prompt"] == "Q: {}" and report["seconds"]["generation"] > 0
+    given = json.loads((tmp_path / "results.json").read_text())
+    assert set(given[0]) == {"questionId", "prediction"} and len(given) == 9
+    shown = json.loads((tmp_path / "answers.json").read_text())
+    assert {row["answers"]["xformer"] for row in shown} == {row["prediction"] for row in given}
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('<img src="data:image/png') == 9 and "By category" in page
+
+
+def test_captions_of_a_model(
+    features: Path, corpus: Path, stage2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pycocoevalcap.cider.cider", reason="the extra `captions` is not installed")
+    monkeypatch.setenv("PATH", str(tmp_path))  # without Java, whose METEOR takes long to start
+    line = ["eval", "coco-caption", "--checkpoint", str(stage2), "--features", str(features), "--limit", "4"]
+    main([*line, *shapes_options(corpus, "coco-caption"), "--out", str(tmp_path), "--set", "eval.beams=1"])
+    given = json.loads((tmp_path / "results.json").read_text())
+    assert set(given[0]) == {"image_id", "caption"} and len(given) == 4
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert "LLM given a true caption" not in report["scores"] and report["eval"]["prompt"] == ""
+
+
+def test_a_killed_evaluation_goes_on_and_ends_the_same(
+    features: Path, corpus: Path, stage2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xformer.evaluation import generate
+
+    line = ["eval", "vqav2", "--checkpoint", str(stage2), "--features", str(features), *shapes_options(corpus, "vqav2")]
+    line += ["--limit", "40", "--set", "eval.batch=8", "--no-blind", "--no-shuffled"]
+    main([*line, "--out", str(tmp_path / "whole")])
+    calls: list[int] = []
+    complete = generate.complete
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return complete(*arguments)
+
+    monkeypatch.setattr(generate, "complete", killed)
+    with pytest.raises(SystemExit) as caught:
+        main([*line, "--out", str(tmp_path / "cut")])
+    assert caught.value.code == 130 and not (tmp_path / "cut/scores.json").exists()
+    (journal,) = (tmp_path / "cut/progress").glob("*.jsonl")
+    assert len(journal.read_text().splitlines()) == 16
+    content = journal.read_bytes()
+    journal.write_bytes(content[:-20])  # as a kill in the middle of a line leaves it: that batch is done again
+    main([*line, "--out", str(tmp_path / "cut")])
+    assert len(calls) == 3 + 4  # two batches were done, of which one was cut: four of five remain
+    whole, cut = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("whole", "cut"))
+    assert whole == cut
+    main([*line, "--out", str(tmp_path / "cut")])
+    assert len(calls) == 7  # nothing left to ask
+    main([*line, "--prompt", "Another {}", "--out", str(tmp_path / "cut")])
+    assert len(calls) == 12  # another prompt shares no answers
+
+
+def test_two_runs_are_compared(
+    features: Path, corpus: Path, stage1: Path, stage2: Path, small: list[str], tmp_path: Path
+) -> None:
+    from xformer.settings import load_settings
+    from xformer.train import train_stage1, train_stage2
+
+    first, second = tmp_path / "q1", tmp_path / "q2"
+    train_stage1([features], first, load_settings(overrides=small), "qformer", resume=False)
+    train_stage2([features], first, second, load_settings(overrides=small), None, resume=False)
+    line = ["--features", str(features), "--limit", "10", "--no-blind", "--no-shuffled"]
+    options = shapes_options(corpus, "okvqa")
+    main(
+        [
+            "eval",
+            "okvqa",
+            *line,
+            *options,
+            "--checkpoint",
+            str(stage2),
+            "--against",
+            str(second),
+            "--out",
+            str(tmp_path / "a"),
+        ]
+    )
+    report = json.loads((tmp_path / "a/scores.json").read_text())
+    assert {"xformer", "qformer"} <= set(report["scores"]) and report["against"]["official"]["than"] == "qformer"
+    assert len(json.loads((tmp_path / "a/results-against.json").read_text())) == 10
+    main(
+        [
+            "eval",
+            "diversity",
+            *line,
+            "--checkpoint",
+            str(stage1),
+            "--against",
+            str(second),
+            "--out",
+            str(tmp_path / "d"),
+        ]
+    )
+    report = json.loads((tmp_path / "d/scores.json").read_text())
+    assert set(report["scores"]) == {"xformer", "qformer"} and report["n"] == 10
+    assert len(report["scores"]["xformer"]["heat"]) == 16 and "<svg" in (tmp_path / "d/page.html").read_text()
+
+
+def test_retrieval_with_a_model(features: Path, corpus: Path, stage1: Path, tmp_path: Path, capsys) -> None:
+    line = ["eval", "retrieval", *shapes_options(corpus, "retrieval"), "--limit", "12", "--out", str(tmp_path)]
+    main([*line, "--checkpoint", str(stage1), "--features", str(features)])
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert list(report["scores"]) == ["chance", "xformer, ITC alone", "xformer with shuffled images", "xformer"]
+    again = [
+        "eval",
+        "retrieval",
+        *shapes_options(corpus, "retrieval"),
+        "--limit",
+        "12",
+        "--out",
+        str(tmp_path / "again"),
+    ]
+    main([*again, "--results", str(tmp_path / "results.json")])  # the rankings it wrote score the same
+    scored = json.loads((tmp_path / "again/scores.json").read_text())["scores"][str(tmp_path / "results.json")]
+    assert scored == report["scores"]["xformer"]
+
+
+def test_reranking_by_hand(features: Path, stage1: Path) -> None:
+    """The order of the texts for one image is that of ITM + ITC computed pair by pair, in the plain formula."""
+    import torch
+
+    from xformer.data import Cache
+    from xformer.evaluation import rank
+    from xformer.evaluation.load import load_stage1
+
+    model, tokenizer, state, settings = load_stage1(stage1, [])
+    cache = Cache(features, settings, state["model"], pixels=False)
+    import numpy as np
+
+    rows = np.arange(6)
+    texts = [f"{n} {c} circles" for n in ("one", "two", "three") for c in ("red", "blue", "green", "yellow")]
+    ids, mask = tokenizer(texts)
+    plain, full = rank.rank(model, cache, rows, ids, mask, settings)
+    with torch.inference_mode():
+        clip, local = rank._features(cache, rows, settings, ids.device)
+        enhanced, _ = model.xformer(clip, local)
+        images, words = model.embed(enhanced, ids, mask)
+        itc = torch.stack([(images[i] @ words.T).amax(0) for i in range(6)])
+        itm = torch.empty(6, len(texts))
+        for i in range(6):
+            for t in range(len(texts)):
+                keys = model.xformer.image_keys_values(clip[i : i + 1])
+                joint = model.xformer.qformer.joint(keys, ids[t : t + 1], mask[t : t + 1])
+                together, _ = model.xformer.enhance(joint, None if local is None else local[i : i + 1])
+                itm[i, t] = model.itm_head(together)[0, :, 1].mean()
+    for i in range(6):
+        assert plain["image_to_text"][i] == itc[i].argsort(descending=True)[:10].tolist()
+        assert full["image_to_text"][i] == (itc + itm)[i].argsort(descending=True)[:10].tolist()
+    for t in range(len(texts)):
+        assert full["text_to_image"][t] == (itc + itm)[:, t].argsort(descending=True).tolist()
+
+
+def test_shuffled_images_are_never_the_own() -> None:
+    import numpy as np
+
+    from xformer.evaluation.answers import other_images
+
+    places = np.array([5, 3, 5, 9, 3, 12])
+    other = other_images(places, seed=0)
+    assert (other != places).all() and sorted(set(other)) == [3, 5, 9, 12]
+    assert other[0] == other[2] and other[1] == other[4]

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +91,21 @@ def _require_pycocoevalcap() -> None:
         ) from None
 
 
+@lru_cache(maxsize=1)
+def _meteor_program() -> Any:
+    """METEOR's Java program, started once: it takes seconds to read its paraphrases."""
+    from pycocoevalcap.meteor.meteor import Meteor  # type: ignore[import-not-found]
+
+    return Meteor()
+
+
 def _meteor(truth: Texts, given: Texts) -> tuple[float | str, list[float]]:
     if not shutil.which("java"):
         return "not available: java is not on the PATH", []
-    from pycocoevalcap.meteor.meteor import Meteor  # type: ignore[import-not-found]
-
     try:
-        return Meteor().compute_score(truth, given)
+        return _meteor_program().compute_score(truth, given)
     except (OSError, ValueError) as error:
+        _meteor_program.cache_clear()
         return f"not available: its Java program failed: {error}", []
 
 
