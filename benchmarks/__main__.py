@@ -1,6 +1,6 @@
 """Ratios measured side by side in one run: start-up, memory of an extraction, and reading shuffled rows.
 
-python -m benchmarks [start] [memory] [reader] [--json FILE]
+python -m benchmarks [start] [memory] [reader] [scoring] [queries] [--json FILE]
 """
 
 import json
@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.scoring import queries, scoring
 from xformer.console import say, table
 
 
@@ -122,7 +123,7 @@ def reader() -> dict:
     return found
 
 
-PARTS = {"start": start, "memory": memory, "reader": reader}
+PARTS = {"start": start, "memory": memory, "reader": reader, "scoring": scoring, "queries": queries}
 
 
 def main() -> None:
