@@ -223,3 +223,20 @@ def test_shuffled_images_are_never_the_own() -> None:
     other = other_images(places, seed=0)
     assert (other != places).all() and sorted(set(other)) == [3, 5, 9, 12]
     assert other[0] == other[2] and other[1] == other[4]
+
+
+def test_two_processes_answer_one_benchmark(features: Path, corpus: Path, stage2: Path, tmp_path: Path) -> None:
+    import os
+    import subprocess
+    import sys
+
+    line = ["eval", "vqav2", "--checkpoint", str(stage2), "--features", str(features), *shapes_options(corpus, "vqav2")]
+    line += ["--limit", "24", "--set", "eval.batch=8", "--no-blind", "--no-shuffled"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cli"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    both = [*launch, *line, "--out", str(tmp_path / "two")]
+    subprocess.run(both, check=True, capture_output=True, env=environment, timeout=300)
+    main([*line, "--out", str(tmp_path / "one")])
+    assert len(list((tmp_path / "two/progress").glob("*.jsonl"))) == 2
+    one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
+    assert one == two
