@@ -257,3 +257,14 @@ def test_the_page_escapes_what_is_not_ours(tmp_path: Path) -> None:
     page = (tmp_path / "out/page.html").read_text()
     assert "<script" not in page and "<img" not in page and "&lt;script&gt;" in page
     assert "default-src 'none'" in page and "http://" not in page and "https://" not in page
+
+
+def test_the_page_sorts_by_disagreement_of_the_models() -> None:
+    from xformer.evaluation.page import by_disagreement
+
+    def row(name: str, ours: float, theirs: float, baseline: float) -> dict:
+        scores = {"constant answer": baseline, "a with shuffled images": baseline, "a": ours, "b": theirs}
+        return {"question": name, "scores": scores, "answers": {k: str(v) for k, v in scores.items()}}
+
+    rows = [row("agree", 1, 1, 0), row("differ", 0, 1, 1), row("half", 0.6, 1, 0), row("wrong", 0, 0, 1)]
+    assert [r["question"] for r in by_disagreement(rows)] == ["differ", "half", "agree", "wrong"]

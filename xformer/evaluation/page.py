@@ -5,13 +5,14 @@ Questions stand sorted by disagreement, as in the paper's Figure 6; bars by cate
 
 import base64
 import io
+import re
 from html import escape
 from pathlib import Path
 from typing import Any
 
 MAX_ROWS = 120
 THUMBNAIL = 224  # pixels
-BASELINES = ("constant answer", "blind LLM")
+BASELINES = re.compile(r"constant answer|blind LLM|LLM given a true caption|.* with shuffled images")
 COLOURS = ("#9ca3af", "#c4a484", "#0f766e", "#7c3aed", "#c2410c", "#1d4ed8", "#be185d", "#15803d")
 STYLE = """
 body{font:15px/1.45 system-ui,sans-serif;max-width:1180px;margin:2rem auto;padding:0 1rem;color:#1f2937;background:#fff}
@@ -103,11 +104,11 @@ def heat_map(title: str, values: list[list[float]], cell: int = 12) -> str:
 
 
 def by_disagreement(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Rows by how far the systems' scores lie apart, then by how many different answers there are; the constant answer
-    does not count where others answer."""
+    """Rows by how far the systems' scores lie apart, then by how many different answers there are; baselines count
+    only where there are no two models."""
 
     def key(row: dict[str, Any]) -> tuple[float, int]:
-        names = [name for name in row["answers"] if name not in BASELINES]
+        names = [name for name in row["answers"] if not BASELINES.fullmatch(name)]
         if len(names) < 2:
             names = list(row["answers"])
         values = [row["scores"][name] or 0.0 for name in names]

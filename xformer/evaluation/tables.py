@@ -33,7 +33,7 @@ def show(benchmark: Benchmark, report: dict[str, Any]) -> None:
             rows.append((f"theirs: {name}", *columns, numbers["overall"], None))
         title = f"{benchmark.title}, {scorer} scorer, n = {report['n']}"
         table(title, ("", *kinds, *benchmark.columns, "overall", "95% interval"), rows)
-        _notes(inner)
+        _notes(list(scores.values())[-1][scorer])
     for scorer, found in report.get("against", {}).items():
         low, high = found["interval"]
         say(
