@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from xformer.errors import UserError
+from xformer.evaluation.command import eval_command
 
 app = typer.Typer(
     name="xformer",
@@ -45,12 +46,6 @@ class Model(StrEnum):
     qformer = "qformer"
     concat = "concat"
     early = "early"
-
-
-class Benchmark(StrEnum):
-    vqav2 = "vqav2"
-    oc = "oc"
-    mci = "mci"
 
 
 Preset = Annotated[str, typer.Option(help="tiny (a laptop, embedded weights) or paper.")]
@@ -255,42 +250,13 @@ def train(
         train_stage2(features, init or Path("runs/stage1"), out or Path("runs/stage2"), settings, chosen, resume)
 
 
-@app.command("eval")
-def evaluate(
-    benchmark: Annotated[Benchmark, typer.Argument()],
-    checkpoint: Annotated[Path | None, typer.Option(help="A stage-2 run; left out, the newest in runs/.")] = None,
-    features: Annotated[Path | None, typer.Option(help="Answer from this store; left out, store.zarr.")] = None,
-    images: Annotated[Path | None, typer.Option(help="Answer from pictures, encoded on the fly.")] = None,
-    questions: Annotated[Path | None, typer.Option(help="Left out: those of the shapes corpus.")] = None,
-    annotations: Annotated[Path | None, typer.Option(help="VQAv2 annotations.")] = None,
-    results: Annotated[Path | None, typer.Option(help="Score this results file; no model is needed.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Only the first N questions.")] = None,
-    allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Score even if answers are missing.")] = False,
-    blind: Annotated[bool, typer.Option("--blind/--no-blind", help="Also let the LLM answer without an image.")] = True,
-    out: Annotated[Path | None, typer.Option(help="Folder for scores.json; left out, eval/<benchmark>.")] = None,
-    preset: Preset = "tiny",
-    config: Config = None,
-    set_: Set = None,
-    seed: Seed = None,
-    quiet: Quiet = False,
-) -> None:
-    """Answer a benchmark zero-shot and score it, beside the constant answer and the blind language model."""
-    _settings(preset, config, set_, seed, quiet)
-    from xformer.checkpoint import newest_run
-    from xformer.evaluation.run import evaluate as run
+def _temporary(images: Path, run: Path, wanted: set[str] | None, overrides: list[str]) -> Path:
+    from pipeline.temporary import temporary_store
 
-    if checkpoint is None and results is None:
-        checkpoint = newest_run(Path("runs"), stage=2)
-    run_folder = checkpoint or Path("runs/stage2")
-    store = features or Path("store.zarr")
-    if images is not None and results is None:  # the same path as with a store, by way of a temporary one
-        from pipeline.temporary import temporary_store
+    return temporary_store(images, run, wanted, overrides)
 
-        store = temporary_store(images, run_folder, questions, set_)
-    run(
-        benchmark.value, run_folder, store, questions, annotations, results, out or Path("eval") / benchmark.value,
-        list(set_ or []), limit, allow_partial, blind,
-    )  # fmt: skip
+
+app.command("eval")(eval_command(_settings, _temporary))
 
 
 Checkpoint = Annotated[Path | None, typer.Option(help="A stage-2 run; left out, the newest in runs/.")]

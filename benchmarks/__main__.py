@@ -1,6 +1,6 @@
 """Ratios measured side by side in one run: start-up, memory of an extraction, and reading shuffled rows.
 
-python -m benchmarks [start] [memory] [reader] [step] [--json FILE]
+python -m benchmarks [start] [memory] [reader] [step] [scoring] [queries] [--json FILE]
 """
 
 import json
@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.scoring import queries, scoring
 from xformer.console import say, table
 
 
@@ -129,7 +130,7 @@ def step() -> dict:
     return run()
 
 
-PARTS = {"start": start, "memory": memory, "reader": reader, "step": step}
+PARTS = {"start": start, "memory": memory, "reader": reader, "step": step, "scoring": scoring, "queries": queries}
 
 
 def main() -> None:

@@ -5,24 +5,19 @@ the projected queries stand where the first caption stands here: in front of the
 """
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from torch import Tensor
-from torch.nn import functional as F
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from pipeline import pretrain
 from xformer.console import progress, say
-from xformer.text import clean
 
 VOCABULARY, WIDTH, DEPTH, CONTEXT = 512, 128, 4, 256
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]  # OPT's ids: 1 pads, 2 begins and ends
-END, PAD = 2, 1
 PROMPT = "Question: {} Short Answer:"
 
 
@@ -52,50 +47,19 @@ def byte_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def write_sample(
-    rng: np.random.Generator, captions: list[list[int]], asked: list[tuple[list[int], list[int]]], newline: int
-) -> tuple[list[int], int, list[int]]:
-    """One training text about one picture, from its tokenised captions, questions and answers.
-
-    Returns: token ids, how many of them are the caption in front (0: none), and the places of answer tokens.
-    """
+def write_sample(rng: np.random.Generator, captions: list[str], asked: list[tuple[str, str]]) -> str:
+    """One training text about one picture; </s> is written out where it stands."""
     first, second = (captions[i] for i in rng.permutation(len(captions))[:2])
+    order = rng.permutation(len(asked))
+    answers = [f"{PROMPT.format(asked[i][0])} {asked[i][1]}\n" for i in order]
     form = rng.random()
-    ids, front, answers, questions = list(first), len(first), [], [asked[i] for i in rng.permutation(len(asked))]
-    if form < 0.25:
-        return [*first, END, *second, newline], front, []
-    if form < 0.30:
-        return [END, *first, newline], 0, []
-    if form < 0.40:  # blind: what the language alone can know
-        ids, front, questions = [], 0, questions[:1]
-    for question, answer in questions[:3]:  # comprehension: the caption in front holds the answer
-        ids += [END, *question]
-        answers += range(len(ids), len(ids) + len(answer))
-        ids += answer
-    return ids, front, answers
-
-
-def sample_loss(model: Any, samples: list[tuple[list[int], int, list[int]]], generator: torch.Generator) -> Tensor:
-    """Mean over all tokens plus mean over answer tokens, which are few.
-
-    The caption in front gets Gaussian noise of up to the embeddings' own standard deviation: soft prompts, which take
-    its place in stage 2, are never exactly words, and an OPT of billions of weights bears that unasked.
-    """
-    longest = max(len(ids) for ids, _, _ in samples)
-    inputs = torch.full((len(samples), longest), PAD)
-    weight = torch.zeros(len(samples), longest)
-    for i, (ids, _, answers) in enumerate(samples):
-        inputs[i, : len(ids)] = torch.tensor(ids)
-        weight[i, answers] = 1.0
-    seen = inputs != PAD
-    embedded = model.get_input_embeddings()(inputs)
-    spread = embedded.detach().std() * torch.rand(len(samples), 1, 1, generator=generator)
-    noise = torch.randn(embedded.shape, generator=generator) * spread
-    front = torch.arange(longest) < torch.tensor([front for _, front, _ in samples])[:, None]
-    logits = model(inputs_embeds=embedded + noise * front[..., None], attention_mask=seen.long()).logits
-    loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs[:, 1:].flatten(), reduction="none")
-    every, answered = seen[:, 1:].flatten().float(), weight[:, 1:].flatten()
-    return (loss * every).sum() / every.sum() + (loss * answered).sum() / answered.sum().clamp(min=1)
+    if form < 0.50:  # comprehension: the caption holds the answer
+        return first + "</s>" + "</s>".join(answers[:3])
+    if form < 0.80:
+        return f"{first}</s>{second}\n"
+    if form < 0.88:
+        return f"</s>{first}\n"
+    return f"</s>{answers[0]}"
 
 
 def read_answers(
@@ -116,7 +80,7 @@ def read_answers(
     return found
 
 
-def pretrain_llm(corpus: Path, out: Path, seed: int = 0, steps: int = 10000, batch: int = 32) -> dict[str, object]:
+def pretrain_llm(corpus: Path, out: Path, seed: int = 0, steps: int = 14000, batch: int = 32) -> dict[str, object]:
     """Trains and writes `out` (weights, config, tokenizer) with its card; returns the card's figures."""
     rng = pretrain.begin(seed)
     folder = pretrain.shapes_split(corpus, "train")
@@ -125,15 +89,8 @@ def pretrain_llm(corpus: Path, out: Path, seed: int = 0, steps: int = 10000, bat
     for row in json.loads((folder / "qa.json").read_text(encoding="utf-8")):
         asked.setdefault(row["image_id"], []).append((row["question"], row["answer"]))
     ids = np.array(sorted(set(captions) & set(asked)))
-    spoken = {int(i): [clean(text, 50) for text in captions[i]] for i in ids}
-    tokenizer = byte_tokenizer(
-        [text for i in ids[:5000] for text in [*spoken[i], *(f"{PROMPT.format(q)} {a}\n" for q, a in asked[i])]]
-    )
-    encode = partial(tokenizer.encode, add_special_tokens=False)
-    told = {i: [encode(text) for text in texts] for i, texts in spoken.items()}
-    known = {int(i): [(encode(PROMPT.format(q)), encode(f" {a}\n")) for q, a in asked[i]] for i in ids}
-    newline = encode("\n")[0]
-    generator = torch.Generator().manual_seed(seed)
+    sample = [write_sample(rng, captions[i], asked[i]) for i in ids[:5000]]
+    tokenizer = byte_tokenizer([part for text in sample for part in text.split("</s>")])
     config = OPTConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -154,8 +111,10 @@ def pretrain_llm(corpus: Path, out: Path, seed: int = 0, steps: int = 10000, bat
     schedule = pretrain.warm_cosine(optimizer, steps, 300)
     with progress("pretrain llm", steps, "steps") as bar:
         for _ in range(steps):
-            samples = [write_sample(rng, told[i], known[i], newline) for i in rng.choice(ids, batch).tolist()]
-            loss = sample_loss(model, samples, generator)
+            texts = [write_sample(rng, captions[i], asked[i]) for i in rng.choice(ids, batch)]
+            tokens = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+            labels = tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, -100)
+            loss = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], labels=labels).loss
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -191,7 +150,7 @@ def _reading(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: 
     questions = json.loads((folder / "vqa_questions.json").read_text(encoding="utf-8"))["questions"][:2000]
     annotations = json.loads((folder / "vqa_annotations.json").read_text(encoding="utf-8"))["annotations"][:2000]
     texts = [q["question"] for q in questions]
-    given = [clean(captions[q["image_id"]][0], 50) for q in questions]
+    given = [captions[q["image_id"]][0] for q in questions]
     figures: dict[str, object] = {}
     for name, prefixes in (("given a true caption", given), ("blind", [""] * len(texts))):
         answers = read_answers(model, tokenizer, prefixes, texts)

@@ -12,18 +12,17 @@ from typing import Any
 from pipeline.corpora import Corpus, Row, image_id, open_corpus
 from pipeline.extract import extract
 from xformer.checkpoint import newest
-from xformer.errors import CorpusError, EvaluationError
+from xformer.errors import CorpusError
 from xformer.local import local_tokens, mask_ratio
 from xformer.settings import settings_from, with_overrides
 
 
-def temporary_store(folder: Path, run: Path, questions: Path | None, overrides: list[str] | None = None) -> Path:
-    """Encodes the pictures that the questions ask about, as the checkpoint's features were made.
+def temporary_store(folder: Path, run: Path, wanted: set[str] | None, overrides: list[str] | None = None) -> Path:
+    """Encodes the pictures with the `wanted` ids (None: all), as the checkpoint's features were made.
 
     Returns: a store that is removed when the process ends.
     """
     corpus = open_corpus(folder)
-    wanted = None if questions is None else _asked(questions)
 
     def rows() -> Iterator[Row]:
         for row in corpus.rows():
@@ -31,7 +30,7 @@ def temporary_store(folder: Path, run: Path, questions: Path | None, overrides: 
                 yield row
 
     if next(rows(), None) is None:
-        raise CorpusError(f"--images {folder}: none of its pictures is asked about in {questions}.")
+        raise CorpusError(f"--images {folder}: none of its pictures is asked about.")
     return _encode(replace(corpus, rows=rows), run, overrides or [])
 
 
@@ -76,12 +75,3 @@ def _encode(corpus: Corpus, run: Path, overrides: list[str]) -> Path:
     store = parent / "store.zarr"
     extract(corpus, store, kinds, settings, whole=ratio == 0, in_process=True)
     return store
-
-
-def _asked(questions: Path) -> set[str]:
-    try:
-        content = json.loads(questions.read_text(encoding="utf-8"))
-        rows = content["questions"] if isinstance(content, dict) else content
-        return {str(row["image_id"]) for row in rows}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise EvaluationError(f"--questions {questions}: cannot be read: {error}") from None

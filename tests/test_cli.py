@@ -41,7 +41,7 @@ def test_mistakes_are_one_sentence(
     assert "no pictures" in fails(capsys, "extract", "--encoder", "clip", "--corpus", "empty")
     assert "no feature store" in fails(capsys, "train", "--stage", "1", "--features", "nowhere.zarr")
     assert "stage-1 run" in fails(capsys, "train", "--stage", "2", "--features", store)
-    assert "no checkpoint" in fails(capsys, "eval", "mci", "--questions", str(_oc(tmp_path)), "--features", store)
+    assert "no checkpoint" in fails(capsys, "eval", "oc", "--questions", str(_oc(tmp_path)), "--features", store)
     assert "stage-2 run" in fails(
         capsys, "eval", "oc", "--questions", str(_oc(tmp_path)), "--features", store, "--checkpoint", run
     )

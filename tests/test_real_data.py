@@ -28,3 +28,17 @@ def test_coco_from_photos_to_answers(small: list[str], tmp_path: Path, monkeypat
     for name in ("oc", "mci"):
         questions = ["--questions", str(COCO / f"gvtbench_coco_{name}.json"), "--limit", "4"]
         main(["eval", name, "--checkpoint", "R2", "--images", str(COCO / "images"), *questions, "--out", name])
+
+
+@pytest.mark.skipif(not (SHARED / "text/GVTBench").is_dir(), reason="GVTBench is not here")
+def test_constants_on_the_whole_of_gvtbench(tmp_path: Path) -> None:
+    for name, constant in (("coco_oc", 54.27), ("vcr_oc", 36.17), ("coco_mci", 50.35), ("vcr_mci", 50.42)):
+        benchmark = name.partition("_")[2]
+        answer = "1" if benchmark == "oc" else "yes" if name == "vcr_mci" else "no"
+        given = tmp_path / f"{name}.json"
+        given.write_text(json.dumps([{"question_id": i, "answer": answer} for i in range(10_000)]))
+        questions = SHARED / "text/GVTBench" / f"{name}.json.gz"
+        main(["eval", benchmark, "--results", str(given), "--questions", str(questions), "--out", str(tmp_path / name)])
+        scores = json.loads((tmp_path / name / "scores.json").read_text())["scores"]
+        assert scores["constant answer"]["official"]["overall"] == constant
+        assert scores[str(given)]["strict"]["overall"] in (constant, round(100 - constant, 2))

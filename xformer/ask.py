@@ -9,8 +9,10 @@ import torch
 
 from xformer.data import Cache
 from xformer.errors import EvaluationError
-from xformer.evaluation.generate import answer, complete
+from xformer.evaluation.generate import complete
 from xformer.evaluation.load import load_stage2
+from xformer.settings import Settings
+from xformer.stage2 import Stage2
 from xformer.train import compare_identities
 
 CAPTION = {"max_new_tokens": 30, "length_penalty": 1.0}  # BLIP-2's caption evaluation (LAVIS caption_coco_opt*.yaml)
@@ -24,12 +26,21 @@ def _open(run: Path, store: Path, overrides: list[str]):
     return stage2, settings, cache, reasons | cache.clip.dead
 
 
+@torch.inference_mode()
+def _soft_prompt(stage2: Stage2, cache: Cache, rows: np.ndarray, settings: Settings) -> torch.Tensor:
+    device = next(stage2.parameters()).device
+    features = cache.read(rows, settings.eval.draw % max(1, cache.draws))
+    local = None if features.mae is None else torch.from_numpy(features.mae).to(device)
+    return stage2.prefix(torch.from_numpy(features.clip).to(device), local)[0]
+
+
 def ask(run: Path, store: Path, picture: Path, question: str, overrides: list[str]) -> str:
     """Answers one question about the picture in row 0."""
     stage2, settings, cache, dead = _open(run, store, overrides)
     if dead:
         raise EvaluationError(f"{picture}: {dead[0]}.")
-    (text,) = answer(stage2, cache, np.array([0]), [question], settings, "ask")
+    soft = _soft_prompt(stage2, cache, np.array([0]), settings)
+    (text,) = complete(stage2.llm, soft, [settings.eval.prompt.replace("{}", question)], settings.eval)
     print(text)
     return text
 
@@ -41,15 +52,11 @@ def caption(run: Path, store: Path, pictures: list[Path], as_lines: bool, overri
     Raises: EvaluationError after all others are done, where a file is no picture.
     """
     stage2, settings, cache, dead = _open(run, store, overrides)
-    device = next(stage2.parameters()).device
     rows = [row for row in range(len(pictures)) if row not in dead]
     decoding, found = settings.eval.model_copy(update=CAPTION), []
-    draw = settings.eval.draw % max(1, cache.draws)
     for start in range(0, len(rows), settings.eval.batch):
         part = rows[start : start + settings.eval.batch]
-        features = cache.read(np.array(part), draw)
-        local = None if features.mae is None else torch.from_numpy(features.mae).to(device)
-        soft, _ = stage2.prefix(torch.from_numpy(features.clip).to(device), local)
+        soft = _soft_prompt(stage2, cache, np.array(part), settings)
         texts = complete(stage2.llm, soft, [settings.llm.prompt] * len(part), decoding)
         for row, text in zip(part, texts, strict=True):
             found.append({"image": str(pictures[row]), "caption": text})

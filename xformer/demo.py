@@ -58,7 +58,7 @@ def run_demo(
                 f"evaluation {model}",
                 "eval", benchmark, "--checkpoint", str(out / "runs" / f"{model}-stage2"), "--features", str(store),
                 *given, "--out", str(out / "eval" / f"{model}-{benchmark}"),
-                "--blind" if model == MODELS[0] else "--no-blind",
+                "--blind" if model == MODELS[0] else "--no-blind", "--no-shuffled",
             )  # fmt: skip
     report = {"seed": settings.seed, "seconds": costs}
     report |= _draw(out, store, corpus)
@@ -116,7 +116,7 @@ def _draw(out: Path, store: Path, corpus: Path) -> dict[str, Any]:
     rebuilt = pictures.rebuild(out / "runs" / "xformer-stage1", store, 5)
     pictures.reconstructions(rebuilt, out / "reconstruction.png")
     given = {
-        model: json.loads((out / "eval" / f"{model}-vqav2" / "results.json").read_text(encoding="utf-8"))
+        model: json.loads((out / "eval" / f"{model}-vqav2" / "answers.json").read_text(encoding="utf-8"))
         for model in MODELS
     }
     truths = json.loads((corpus / "val" / "vqa_annotations.json").read_text(encoding="utf-8"))["annotations"]
@@ -131,8 +131,8 @@ def _draw(out: Path, store: Path, corpus: Path) -> dict[str, Any]:
                 "picture": corpus / "val" / "images" / name,
                 "question": ours["question"],
                 "truth": truth[ours["question_id"]],
-                "qformer": theirs["answer"],
-                "xformer": ours["answer"],
+                "qformer": theirs["answers"]["qformer"],
+                "xformer": ours["answers"]["xformer"],
             }
         )
     pictures.answers(rows[:12], out / "answers.png")

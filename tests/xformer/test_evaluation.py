@@ -1,4 +1,4 @@
-"""Scoring rules to the letter, refusals, and one path for cached features and for pictures."""
+"""Answers of a model: one path for cached features and for pictures, baselines, interruption, two runs compared."""
 
 import json
 from pathlib import Path
@@ -7,102 +7,8 @@ import pytest
 
 from cli import main
 from xformer.errors import EvaluationError
-from xformer.evaluation import counting, vqa
-from xformer.evaluation.run import evaluate
-
-
-@pytest.mark.parametrize(
-    ("text", "want"),
-    [
-        ("a red, white dog.", "a red white dog"),
-        ("1,000 people!", "1000 people"),
-        ("left/right", "left right"),
-        ("3.5", "3.5"),
-        ("what ?", "what "),
-        ("." * 40, "." * 8),
-    ],
-)
-def test_punctuation(text: str, want: str) -> None:
-    assert vqa.strip_punctuation(text) == want
-
-
-def test_words() -> None:
-    assert vqa.normalise_words("The two dogs dont see A cat") == "2 dogs don't see cat"
-    assert vqa.normalise_words("somebody'd id've wouldnt've") == "somebodyd id've wouldn't've"
-    assert len(vqa.CONTRACTIONS) == 120
-
-
-def test_a_question_scores_by_the_other_nine() -> None:
-    for matches, want in ((0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (10, 1.0)):
-        answers = ["yes"] * matches + [f"other{i}" for i in range(10 - matches)]
-        assert vqa.score_question("yes", answers, "official") == pytest.approx(want)
-
-
-def test_the_two_scorers_differ_where_the_truth_says_so() -> None:
-    same = ["two"] * 10  # official normalises neither side here, lavis the prediction only
-    assert vqa.score_question("two", same, "official") == 1.0 and vqa.score_question("two", same, "lavis") == 0.0
-    mixed = ["two"] * 9 + ["3"]
-    assert vqa.score_question("2", mixed, "official") == 1.0 and vqa.score_question("2", mixed, "lavis") == 0.0
-
-
-def truths() -> list[dict]:
-    rows = []
-    for i, (kind, answer) in enumerate([("number", "2"), ("yes/no", "yes"), ("yes/no", "no"), ("other", "red")]):
-        rows.append(
-            {
-                "question_id": i, "image_id": 1, "question_type": "x", "answer_type": kind,
-                "multiple_choice_answer": answer, "answers": [{"answer": answer}] * 10,
-            }
-        )  # fmt: skip
-    return rows
-
-
-def test_scores_per_type_and_refusals() -> None:
-    given = [{"question_id": i, "answer": a} for i, a in enumerate(["2", "yes", "yes", "blue"])]
-    found = vqa.score(given, truths(), "official")
-    assert found["overall"] == 50.0 and found["per_answer_type"] == {"number": 100.0, "other": 0.0, "yes/no": 50.0}
-    for wrong, words in (
-        (given[:3], "1 of 4 questions have no answer"),
-        ([*given, given[0]], "more than once"),
-        ([*given, {"question_id": 9, "answer": ""}], "belong to no question"),
-    ):
-        with pytest.raises(EvaluationError, match=words):
-            vqa.score(wrong, truths(), "official")
-
-
-def test_counting_rules() -> None:
-    assert [counting.count_official(t) for t in ("two dogs", "Two", "someone 3", "none", "12 or 13", "")] == [
-        2,
-        0,
-        1,
-        0,
-        12,
-        0,
-    ]
-    assert [counting.count_strict(t) for t in ("two dogs", "Two", "someone 3", "", "12")] == [2, 2, 3, None, 12]
-    rows = [{"text_out": t, "n_obj_exist": n} for t, n in (("4", 5), ("1", 12), ("2", 30))]
-    found = counting.score_oc(["4", "3", "two"], rows, counting.count_official)
-    assert (found["overall"], found["mae"], found["per_count"]) == (66.67, 0.6667, {"0-2": 50.0, "3-5": 100.0})
-    truth = [{"text_out": t, "n_obj_exist": n} for t, n in (("Yes.", 5), ("No.", 12), ("No.", 30))]
-    answers = ["Yes, it is", "I do not know", "yes"]
-    assert counting.score_mci(answers, truth, counting.yes_official)["overall"] == 66.67
-    assert counting.score_mci(answers, truth, counting.yes_strict)["overall"] == 33.33
-
-
-def test_results_files_are_scored_without_a_model(tmp_path: Path) -> None:
-    rows = truths()
-    (tmp_path / "q.json").write_text(
-        json.dumps({"questions": [{"question_id": r["question_id"], "image_id": 1, "question": "?"} for r in rows]})
-    )
-    (tmp_path / "a.json").write_text(json.dumps({"annotations": rows}))
-    part = [{"question_id": i, "answer": r["multiple_choice_answer"]} for i, r in enumerate(rows)][:3]
-    (tmp_path / "r.json").write_text(json.dumps(part))
-    files = tmp_path / "q.json", tmp_path / "a.json", tmp_path / "r.json"
-    with pytest.raises(EvaluationError, match="1 of 4"):
-        evaluate("vqav2", tmp_path, tmp_path, *files, tmp_path / "out", [])
-    assert not (tmp_path / "out").exists()
-    found = evaluate("vqav2", tmp_path, tmp_path, *files, tmp_path / "out", [], allow_partial=True)
-    assert found["n"] == 3 and found["scores"][str(files[2])]["official"]["overall"] == 100.0
+from xformer.evaluation.run import Request, evaluate
+from xformer.evaluation.suite import Files
 
 
 def test_answers_from_features_and_from_pictures_are_the_same(
@@ -110,7 +16,7 @@ def test_answers_from_features_and_from_pictures_are_the_same(
 ) -> None:
     val = corpus / "val"
     common = ["eval", "vqav2", "--checkpoint", str(stage2), "--questions", str(val / "vqa_questions.json"),
-              "--annotations", str(val / "vqa_annotations.json"), "--no-blind", "--quiet"]  # fmt: skip
+              "--annotations", str(val / "vqa_annotations.json"), "--no-blind", "--no-shuffled", "--quiet"]  # fmt: skip
     main([*common, "--features", str(features), "--out", str(tmp_path / "a")])
     main([*common, "--images", str(val / "images"), "--out", str(tmp_path / "b")])
     first, second = (json.loads((tmp_path / n / "results.json").read_text()) for n in "ab")
@@ -127,7 +33,210 @@ def test_a_question_about_an_image_that_is_not_there(features: Path, stage2: Pat
     file.write_text(json.dumps([{"image_id": 77, "text_in": "How many?", "text_out": "1", "n_obj_exist": 1}]))
     missing = tmp_path / "missing.json"
     missing.write_text(json.dumps([{"image_id": 7777777, "text_in": "How many?", "text_out": "1", "n_obj_exist": 1}]))
-    assert evaluate("oc", stage2, features, file, None, None, tmp_path / "ok", [])["n"] == 1
+    common = {"benchmark": "oc", "checkpoint": stage2, "blind": False, "shuffled": False}
+    found = evaluate(Request(out=tmp_path / "ok", files=Files(file), **common), lambda *_: features)
+    assert found["n"] == 1
     with pytest.raises(EvaluationError, match="first: 7777777"):
-        evaluate("oc", stage2, features, missing, None, None, tmp_path / "no", [])
+        evaluate(Request(out=tmp_path / "no", files=Files(missing), **common), lambda *_: features)
     assert not (tmp_path / "no").exists()
+
+
+def shapes_options(corpus: Path, benchmark: str) -> list[str]:
+    val = corpus / "val"
+    if benchmark in ("vqav2", "okvqa"):
+        return ["--questions", str(val / "vqa_questions.json"), "--annotations", str(val / "vqa_annotations.json")]
+    if benchmark == "gqa":
+        return ["--questions", str(val / "gqa_questions.json")]
+    return ["--annotations", str(val / "captions.json")]
+
+
+def test_gqa_and_its_baselines(features: Path, corpus: Path, stage2: Path, tmp_path: Path) -> None:
+    line = ["eval", "gqa", "--checkpoint", str(stage2), "--features", str(features), *shapes_options(corpus, "gqa")]
+    main([*line, "--limit", "9", "--prompt", "Q: {}", "--out", str(tmp_path)])
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert list(report["scores"]) == [
+        "constant answer", "blind LLM", "LLM given a true caption", "xformer with shuffled images", "xformer",
+    ]  # fmt: skip
+    assert report["n"] == 9 and report["eval"]["prompt"] == "Q: {}" and report["seconds"]["generation"] > 0
+    given = json.loads((tmp_path / "results.json").read_text())
+    assert set(given[0]) == {"questionId", "prediction"} and len(given) == 9
+    shown = json.loads((tmp_path / "answers.json").read_text())
+    assert {row["answers"]["xformer"] for row in shown} == {row["prediction"] for row in given}
+    page = (tmp_path / "page.html").read_text()
+    assert page.count('<img src="data:image/png') == 9 and "By category" in page
+
+
+def test_captions_of_a_model(
+    features: Path, corpus: Path, stage2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("pycocoevalcap.cider.cider", reason="the extra `captions` is not installed")
+    monkeypatch.setenv("PATH", str(tmp_path))  # without Java, whose METEOR takes long to start
+    line = ["eval", "coco-caption", "--checkpoint", str(stage2), "--features", str(features), "--limit", "4"]
+    main([*line, *shapes_options(corpus, "coco-caption"), "--out", str(tmp_path), "--set", "eval.beams=1"])
+    given = json.loads((tmp_path / "results.json").read_text())
+    assert set(given[0]) == {"image_id", "caption"} and len(given) == 4
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert "LLM given a true caption" not in report["scores"] and report["eval"]["prompt"] == ""
+
+
+def test_a_killed_evaluation_goes_on_and_ends_the_same(
+    features: Path, corpus: Path, stage2: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xformer.evaluation import generate
+
+    line = ["eval", "vqav2", "--checkpoint", str(stage2), "--features", str(features), *shapes_options(corpus, "vqav2")]
+    line += ["--limit", "40", "--set", "eval.batch=8", "--no-blind", "--no-shuffled"]
+    main([*line, "--out", str(tmp_path / "whole")])
+    calls: list[int] = []
+    complete = generate.complete
+
+    def killed(*arguments):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return complete(*arguments)
+
+    monkeypatch.setattr(generate, "complete", killed)
+    with pytest.raises(SystemExit) as caught:
+        main([*line, "--out", str(tmp_path / "cut")])
+    assert caught.value.code == 130 and not (tmp_path / "cut/scores.json").exists()
+    (journal,) = (tmp_path / "cut/progress").glob("*.jsonl")
+    assert len(journal.read_text().splitlines()) == 16
+    content = journal.read_bytes()
+    journal.write_bytes(content[:-20])  # as a kill in the middle of a line leaves it: that batch is done again
+    main([*line, "--out", str(tmp_path / "cut")])
+    assert len(calls) == 3 + 4  # two batches were done, of which one was cut: four of five remain
+    whole, cut = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("whole", "cut"))
+    assert whole == cut
+    main([*line, "--out", str(tmp_path / "cut")])
+    assert len(calls) == 7  # nothing left to ask
+    main([*line, "--prompt", "Another {}", "--out", str(tmp_path / "cut")])
+    assert len(calls) == 12  # another prompt shares no answers
+
+
+def test_two_runs_are_compared(
+    features: Path, corpus: Path, stage1: Path, stage2: Path, small: list[str], tmp_path: Path
+) -> None:
+    from xformer.settings import load_settings
+    from xformer.train import train_stage1, train_stage2
+
+    first, second = tmp_path / "q1", tmp_path / "q2"
+    train_stage1([features], first, load_settings(overrides=small), "qformer", resume=False)
+    train_stage2([features], first, second, load_settings(overrides=small), None, resume=False)
+    line = ["--features", str(features), "--limit", "10", "--no-blind", "--no-shuffled"]
+    options = shapes_options(corpus, "okvqa")
+    main(
+        [
+            "eval",
+            "okvqa",
+            *line,
+            *options,
+            "--checkpoint",
+            str(stage2),
+            "--against",
+            str(second),
+            "--out",
+            str(tmp_path / "a"),
+        ]
+    )
+    report = json.loads((tmp_path / "a/scores.json").read_text())
+    assert {"xformer", "qformer"} <= set(report["scores"]) and report["against"]["official"]["than"] == "qformer"
+    assert len(json.loads((tmp_path / "a/results-against.json").read_text())) == 10
+    main(
+        [
+            "eval",
+            "diversity",
+            *line,
+            "--checkpoint",
+            str(stage1),
+            "--against",
+            str(second),
+            "--out",
+            str(tmp_path / "d"),
+        ]
+    )
+    report = json.loads((tmp_path / "d/scores.json").read_text())
+    assert set(report["scores"]) == {"xformer", "qformer"} and report["n"] == 10
+    assert len(report["scores"]["xformer"]["heat"]) == 16 and "<svg" in (tmp_path / "d/page.html").read_text()
+
+
+def test_retrieval_with_a_model(features: Path, corpus: Path, stage1: Path, tmp_path: Path, capsys) -> None:
+    line = ["eval", "retrieval", *shapes_options(corpus, "retrieval"), "--limit", "12", "--out", str(tmp_path)]
+    main([*line, "--checkpoint", str(stage1), "--features", str(features)])
+    report = json.loads((tmp_path / "scores.json").read_text())
+    assert list(report["scores"]) == ["chance", "xformer, ITC alone", "xformer with shuffled images", "xformer"]
+    again = [
+        "eval",
+        "retrieval",
+        *shapes_options(corpus, "retrieval"),
+        "--limit",
+        "12",
+        "--out",
+        str(tmp_path / "again"),
+    ]
+    main([*again, "--results", str(tmp_path / "results.json")])  # the rankings it wrote score the same
+    scored = json.loads((tmp_path / "again/scores.json").read_text())["scores"][str(tmp_path / "results.json")]
+    assert scored == report["scores"]["xformer"]
+
+
+def test_reranking_by_hand(features: Path, stage1: Path) -> None:
+    """The order of the texts for one image is that of ITM + ITC computed pair by pair, in the plain formula."""
+    import torch
+
+    from xformer.data import Cache
+    from xformer.evaluation import rank
+    from xformer.evaluation.load import load_stage1
+
+    model, tokenizer, state, settings = load_stage1(stage1, [])
+    cache = Cache(features, settings, state["model"], pixels=False)
+    import numpy as np
+
+    rows = np.arange(6)
+    texts = [f"{n} {c} circles" for n in ("one", "two", "three") for c in ("red", "blue", "green", "yellow")]
+    ids, mask = tokenizer(texts)
+    plain, full = rank.rank(model, cache, rows, ids, mask, settings)
+    with torch.inference_mode():
+        clip, local = rank._features(cache, rows, settings, ids.device)
+        enhanced, _ = model.xformer(clip, local)
+        images, words = model.embed(enhanced, ids, mask)
+        itc = torch.stack([(images[i] @ words.T).amax(0) for i in range(6)])
+        itm = torch.empty(6, len(texts))
+        for i in range(6):
+            for t in range(len(texts)):
+                keys = model.xformer.image_keys_values(clip[i : i + 1])
+                joint = model.xformer.qformer.joint(keys, ids[t : t + 1], mask[t : t + 1])
+                together, _ = model.xformer.enhance(joint, None if local is None else local[i : i + 1])
+                itm[i, t] = model.itm_head(together)[0, :, 1].mean()
+    for i in range(6):
+        assert plain["image_to_text"][i] == itc[i].argsort(descending=True)[:10].tolist()
+        assert full["image_to_text"][i] == (itc + itm)[i].argsort(descending=True)[:10].tolist()
+    for t in range(len(texts)):
+        assert full["text_to_image"][t] == (itc + itm)[:, t].argsort(descending=True).tolist()
+
+
+def test_shuffled_images_are_never_the_own() -> None:
+    import numpy as np
+
+    from xformer.evaluation.answers import other_images
+
+    places = np.array([5, 3, 5, 9, 3, 12])
+    other = other_images(places, seed=0)
+    assert (other != places).all() and sorted(set(other)) == [3, 5, 9, 12]
+    assert other[0] == other[2] and other[1] == other[4]
+
+
+def test_two_processes_answer_one_benchmark(features: Path, corpus: Path, stage2: Path, tmp_path: Path) -> None:
+    import os
+    import subprocess
+    import sys
+
+    line = ["eval", "vqav2", "--checkpoint", str(stage2), "--features", str(features), *shapes_options(corpus, "vqav2")]
+    line += ["--limit", "24", "--set", "eval.batch=8", "--no-blind", "--no-shuffled"]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cli"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    both = [*launch, *line, "--out", str(tmp_path / "two")]
+    subprocess.run(both, check=True, capture_output=True, env=environment, timeout=300)
+    main([*line, "--out", str(tmp_path / "one")])
+    assert len(list((tmp_path / "two/progress").glob("*.jsonl"))) == 2
+    one, two = (json.loads((tmp_path / n / "results.json").read_text()) for n in ("one", "two"))
+    assert one == two

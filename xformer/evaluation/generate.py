@@ -1,12 +1,18 @@
 """Zero-shot answers: soft prompt from cached features, the paper's text prompt, beam search (section 4.2)."""
 
+import time
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import torch
 
 from xformer.console import progress
 from xformer.data import Cache
 from xformer.errors import EvaluationError
-from xformer.settings import Eval, Settings
+from xformer.evaluation.journal import Journal
+from xformer.gather import rank_and_world
+from xformer.settings import Eval
 from xformer.stage2 import FrozenLlm, Stage2
 
 
@@ -41,51 +47,79 @@ def complete(
     return [text.partition("\n")[0].strip() for text in texts]
 
 
-def answer(
-    stage2: Stage2, cache: Cache, rows: np.ndarray, questions: list[str], settings: Settings, title: str
+def in_batches(
+    title: str, prompts: list[str], size: int, answer: Callable[[list[int]], list[str]], journal: Journal
 ) -> list[str]:
-    """Answers `questions[i]` about the image in `rows[i]`. Questions are asked in order of length, answered in order."""
-    order = sorted(range(len(questions)), key=lambda i: len(questions[i]))
-    found = [""] * len(questions)
-    device = next(stage2.parameters()).device
-    draw = settings.eval.draw % max(1, cache.draws)
-    with progress(title, len(questions), "questions") as bar:
-        for start in range(0, len(order), settings.eval.batch):
-            part = order[start : start + settings.eval.batch]
-            features = cache.read(rows[part], draw)
-            local = None if features.mae is None else torch.from_numpy(features.mae).to(device)
-            with torch.inference_mode():
-                soft, _ = stage2.prefix(torch.from_numpy(features.clip).to(device), local)
-            prompts = [settings.eval.prompt.format(questions[i]) for i in part]
-            for i, text in zip(part, complete(stage2.llm, soft, prompts, settings.eval), strict=True):
-                found[i] = text
-            bar.advance(len(part))
-    return found
+    """Answers every prompt, those of like length together, and writes each batch down as it comes.
 
+    Batches are the same however often the work is interrupted: one that is not complete is done again as a whole, so
+    that an interrupted evaluation ends with the answers of an uninterrupted one. Of several processes each takes every
+    so-manieth batch.
 
-def answer_from_captions(llm: FrozenLlm, captions: list[str], questions: list[str], settings: Settings) -> list[str]:
-    """The same language model given a true caption instead of an image: the ceiling of anything that it can be told."""
-    prompts = [f"{c}</s>{settings.eval.prompt.format(q)}" for c, q in zip(captions, questions, strict=True)]
+    Args:
+        answer: prompt numbers -> their answers.
+    """
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    found = [""] * len(prompts)
-    with progress("LLM given a caption", len(prompts), "questions") as bar:
-        for start in range(0, len(order), settings.eval.batch):
-            part = order[start : start + settings.eval.batch]
-            texts = complete(llm, None, [prompts[i] for i in part], settings.eval, begin=False)
-            for i, text in zip(part, texts, strict=True):
-                found[i] = text
-            bar.advance(len(part))
-    return found
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    rank, world = rank_and_world()
+    known = journal.read()
+    with progress(title, len(prompts), "answers") as bar:
+        for number, batch in enumerate(batches):
+            if number % world == rank and not all(i in known for i in batch):
+                texts = answer(batch)
+                journal.append(batch, texts)
+                known |= dict(zip(batch, texts, strict=True))
+            bar.advance(len(batch))
+    if world > 1:
+        torch.distributed.barrier()
+        known = journal.read()
+    return [known[i] for i in range(len(prompts))]
 
 
-def answer_blind(llm: FrozenLlm, questions: list[str], settings: Settings) -> list[str]:
-    """The same language model and prompt without any image; every distinct question is asked once."""
-    distinct = sorted(set(questions), key=lambda q: (len(q), q))
-    known: dict[str, str] = {}
-    with progress("blind LLM", len(distinct), "distinct questions") as bar:
-        for start in range(0, len(distinct), settings.eval.batch):
-            part = distinct[start : start + settings.eval.batch]
-            texts = complete(llm, None, [settings.eval.prompt.format(q) for q in part], settings.eval)
-            known |= dict(zip(part, texts, strict=True))
-            bar.advance(len(part))
-    return [known[q] for q in questions]
+class Answerer:
+    """A frozen LLM with or without what a bridge tells it about images; every system of a benchmark is one call."""
+
+    def __init__(self, stage2: Stage2, cache: Cache, settings: Eval, journal: Callable[[Any], Journal]) -> None:
+        self.stage2, self.cache, self.settings, self.journal = stage2, cache, settings, journal
+        self.device = next(stage2.parameters()).device
+        self.seconds = {"queries": 0.0, "generation": 0.0}
+
+    def seeing(self, title: str, rows: np.ndarray, prompts: list[str], what: Any) -> list[str]:
+        """Continues `prompts[i]` about the image in `rows[i]`. The journal knows pictures by their bytes' sha256."""
+        draw = self.settings.draw % max(1, self.cache.draws)
+
+        def answer(batch: list[int]) -> list[str]:
+            began = time.perf_counter()
+            features = self.cache.read(rows[batch], draw)
+            local = None if features.mae is None else torch.from_numpy(features.mae).to(self.device)
+            with torch.inference_mode():
+                soft, _ = self.stage2.prefix(torch.from_numpy(features.clip).to(self.device), local)
+            middle = time.perf_counter()
+            texts = complete(self.stage2.llm, soft, [prompts[i] for i in batch], self.settings)
+            self.seconds["queries"] += middle - began
+            self.seconds["generation"] += time.perf_counter() - middle
+            return texts
+
+        hashes = self.cache.store.index.column("sha256")["sha256"]
+        pictures = [hashes[int(row)].as_py().hex() for row in rows]
+        return in_batches(title, prompts, self.settings.batch, answer, self.journal([what, pictures, prompts]))
+
+    def blind(self, prompts: list[str], what: Any) -> list[str]:
+        """The same language model and prompt without any image; every distinct prompt is continued once."""
+        distinct = sorted(set(prompts))
+
+        def answer(batch: list[int]) -> list[str]:
+            return complete(self.stage2.llm, None, [distinct[i] for i in batch], self.settings)
+
+        texts = in_batches("blind LLM", distinct, self.settings.batch, answer, self.journal([what, distinct]))
+        known = dict(zip(distinct, texts, strict=True))
+        return [known[prompt] for prompt in prompts]
+
+    def told(self, captions: list[str], prompts: list[str], what: Any) -> list[str]:
+        """The same language model given a true caption instead of an image: the ceiling of anything it can be told."""
+        texts = [f"{c}</s>{p}" for c, p in zip(captions, prompts, strict=True)]
+
+        def answer(batch: list[int]) -> list[str]:
+            return complete(self.stage2.llm, None, [texts[i] for i in batch], self.settings, begin=False)
+
+        return in_batches("LLM given a caption", texts, self.settings.batch, answer, self.journal([what, texts]))

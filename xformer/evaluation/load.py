@@ -1,4 +1,4 @@
-"""A stage-2 run ready to answer, and where the images of a benchmark lie in a store."""
+"""A run ready to answer, and where the images of a benchmark lie in a store."""
 
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,10 @@ import torch
 from xformer import checkpoint
 from xformer.data import Cache
 from xformer.errors import CheckpointError, EvaluationError, SettingsError
+from xformer.model import Stage1, build_stage1
 from xformer.settings import Settings, settings_from, with_overrides
 from xformer.stage2 import FrozenLlm, Stage2, build_stage2
+from xformer.text import TextTokenizer
 
 
 def load_stage2(run: Path, overrides: list[str]) -> tuple[Stage2, dict[str, Any], Settings]:
@@ -41,6 +43,21 @@ def refuse_other_llm(trained_with: str | None, llm: FrozenLlm, checkpoint_name: 
             f"{checkpoint_name}: the language model's sha256 is {llm.sha256[:12]} here and {trained_with[:12]} in training; "
             "give the same llm.weights."
         )
+
+
+def load_stage1(run: Path, overrides: list[str]) -> tuple[Stage1, TextTokenizer, dict[str, Any], Settings]:
+    """The newest checkpoint of a stage-1 run, its text tokenizer, its state, and its settings with overrides."""
+    newest = checkpoint.newest(run)
+    state = checkpoint.read_state(newest)
+    if state["stage"] != 1:
+        raise CheckpointError(f"{run} is a stage-2 run; this needs a stage-1 run: xformer train --stage 1")
+    settings = with_overrides(settings_from(state["settings"], str(newest)), overrides)
+    text = settings.qformer
+    tokenizer = TextTokenizer(text.text, text.max_text, text.max_words)
+    stage1 = build_stage1(settings, state["model"], tokenizer.vocabulary, tokenizer.begin)
+    checkpoint.load_model(newest, stage1)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return stage1.to(device).eval(), tokenizer, state, settings
 
 
 def rows_of_images(cache: Cache, ids: list[str]) -> tuple[list[int], list[str | None]]:

@@ -1,188 +1,221 @@
-"""`xformer eval`: questions -> answers on cached features -> scores, beside what needs no image at all."""
+"""`xformer eval`: answers, from a results file or from a model, scored beside what needs no image at all."""
 
 import json
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from xformer import publish
-from xformer.console import say, table
+from xformer.console import say
 from xformer.errors import EvaluationError
-from xformer.evaluation import counting, vqa
+from xformer.evaluation import page, retrieval, tables
+from xformer.evaluation.files import match, read_results
+from xformer.evaluation.intervals import interval, paired
+from xformer.evaluation.paper import PAPER
+from xformer.evaluation.suite import SHAPES, SUITE, Benchmark, Files, Row
 
-DEFAULTS = {
-    "vqav2": ("shapes/val/vqa_questions.json", "shapes/val/vqa_annotations.json"),
-    "oc": ("shapes/val/gvtbench_oc.json", None),
-    "mci": ("shapes/val/gvtbench_mci.json", None),
+# What the shapes corpus asks where it has no such benchmark.
+STAND_INS = {
+    "okvqa": "the shapes corpus asks nothing that needs knowledge: its VQAv2 questions stand in for OK-VQA's",
+    "nocaps": "the shapes corpus has no domains: its captions stand in for NoCaps, as one set",
 }
-TITLES = {"vqav2": "VQAv2", "oc": "GVTBench object counting", "mci": "GVTBench multi-class identification"}
+Open = Callable[[Path, set[str] | None], Path]  # (a run, image ids or None for all) -> the store to answer from
 
 
-def _read(path: Path, what: str) -> Any:
-    if not path.is_file():
-        raise EvaluationError(f"--{what} {path}: there is no such file.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise EvaluationError(f"--{what} {path}: not valid JSON: {error}.") from None
+@dataclass(frozen=True)
+class Request:
+    """What was asked for. With `results` no model is loaded, and `against` is another results file instead of a run."""
+
+    benchmark: str
+    out: Path
+    files: Files = Files()
+    results: Path | None = None
+    checkpoint: Path | None = None
+    against: Path | None = None
+    images: Path | None = None
+    scorer: str | None = None
+    prompt: str | None = None
+    limit: int | None = None
+    allow_partial: bool = False
+    blind: bool = True
+    shuffled: bool = True
+    overrides: list[str] = field(default_factory=list)
 
 
-def load_benchmark(benchmark: str, questions: Path | None, annotations: Path | None) -> list[dict[str, Any]]:
-    """Question rows with question_id, image_id, question, and the truth. Raises EvaluationError for a wrong format."""
-    question_file, annotation_file = DEFAULTS[benchmark]
-    questions = questions or Path(question_file)
-    content = _read(questions, "questions")
-    try:
-        if benchmark != "vqav2":
-            return [
-                {"question_id": i, "image_id": row["image_id"], "question": row["text_in"], **row}
-                for i, row in enumerate(content)
-            ]
-        truths = _read(annotations or Path(str(annotation_file)), "annotations")["annotations"]
-        asked = {row["question_id"]: row for row in content["questions"]}
-        if len(asked) != len(content["questions"]):
-            raise EvaluationError(f"{questions}: a question_id stands twice.")
-        if set(asked) != {row["question_id"] for row in truths}:
-            raise EvaluationError(f"{questions} and its annotations do not hold the same questions.")
-        return [row | {"question": asked[row["question_id"]]["question"]} for row in truths]
-    except (KeyError, TypeError) as error:
-        raise EvaluationError(f"{questions}: not in the format of {TITLES[benchmark]}: {error} is missing.") from None
+def evaluate(request: Request, open_store: Open) -> dict[str, Any]:
+    """Answers and scores a benchmark; writes scores.json, results.json, answers.json and page.html into `out`.
 
-
-def score_answers(benchmark: str, rows: list[dict[str, Any]], answers: list[str]) -> dict[str, Any]:
-    """Scores by every scorer of a benchmark: {scorer: {overall, ...}}."""
-    if benchmark == "vqav2":
-        results = [{"question_id": r["question_id"], "answer": a} for r, a in zip(rows, answers, strict=True)]
-        return {scorer: vqa.score(results, rows, scorer) for scorer in vqa.SCORERS}
-    if benchmark == "oc":
-        scorers = {"official": counting.count_official, "strict": counting.count_strict}
-        return {name: counting.score_oc(answers, rows, count) for name, count in scorers.items()}
-    rules = {"official": counting.yes_official, "strict": counting.yes_strict}
-    return {name: counting.score_mci(answers, rows, rule) for name, rule in rules.items()}
-
-
-def constant_answers(benchmark: str, rows: list[dict[str, Any]]) -> list[str]:
-    """The answers of a model that never looks: the most frequent one, per answer type where there are types."""
-    if benchmark == "vqav2":
-        best = vqa.constant_answers(rows)
-        return [best[row["answer_type"]] for row in rows]
-    return [counting.constant(rows)] * len(rows)
-
-
-def evaluate(
-    benchmark: str,
-    run: Path,
-    store: Path,
-    questions: Path | None,
-    annotations: Path | None,
-    results: Path | None,
-    out: Path,
-    overrides: list[str],
-    limit: int | None = None,
-    allow_partial: bool = False,
-    blind: bool = True,
-) -> dict[str, Any]:
-    """Answers and scores a benchmark; writes OUT/scores.json and OUT/results.json. Returns the scores.
-
-    Args:
-        results: a file [{question_id, answer}]; given, no model is loaded and only scoring is done.
-
-    Raises: EvaluationError, StoreError, CheckpointError.
+    Raises: EvaluationError, StoreError, CheckpointError, SettingsError.
     """
-    rows = load_benchmark(benchmark, questions, annotations)
-    total = len(rows)
-    if limit:
-        rows = rows[:limit]
-    if not rows:
-        raise EvaluationError(f"{questions}: holds no questions.")
-    report: dict[str, Any] = {"benchmark": benchmark, "n": len(rows), "of": total}
-    systems: dict[str, list[str]] = {"constant answer": constant_answers(benchmark, rows)}
-    if results is not None:
-        rows, answers = _given(results, rows, allow_partial)
-        report |= {"n": len(rows), "results": str(results)}
-        systems = {"constant answer": constant_answers(benchmark, rows), str(results): answers}
-    else:
-        answers, described = _answer(run, store, rows, overrides, blind, systems)
-        report |= described
-        systems[described["model"]] = answers
-    report["scores"] = {name: score_answers(benchmark, rows, given) for name, given in systems.items()}
-    publish.write_json(out / "scores.json", report)
-    keyed = [
-        {"question_id": r["question_id"], "image_id": r["image_id"], "question": r["question"], "answer": a}
-        for r, a in zip(rows, answers, strict=True)
-    ]
-    publish.write_json(out / "results.json", keyed)
-    _show(benchmark, report)
-    say(f"scores in {out / 'scores.json'}, answers in {out / 'results.json'}")
+    if request.scorer and request.benchmark in SUITE and request.scorer not in SUITE[request.benchmark].scorers:
+        allowed = ", ".join(SUITE[request.benchmark].scorers)
+        raise EvaluationError(f"--scorer {request.scorer}: {request.benchmark} has {allowed}.")
+    if request.benchmark == "retrieval" and request.results is not None:
+        return _score_rankings(request, request.results)
+    if request.benchmark == "diversity" and request.results is not None:
+        raise EvaluationError("diversity has no results file; it needs a checkpoint and features.")
+    if request.benchmark == "retrieval":
+        from xformer.evaluation.rank import evaluate_retrieval
+
+        return evaluate_retrieval(request, open_store)
+    if request.benchmark == "diversity":
+        from xformer.evaluation.queries import evaluate_diversity
+
+        return evaluate_diversity(request, open_store)
+    return _evaluate_answers(request, SUITE[request.benchmark], open_store)
+
+
+def _score_rankings(request: Request, results: Path) -> dict[str, Any]:
+    data = retrieval.load(request.files.annotations or SHAPES / "captions.json")
+    data = retrieval.first(data, request.limit) if request.limit else data
+    systems = {
+        str(file): retrieval.score(retrieval.read_rankings(file, data), data)
+        for file in (results, request.against)
+        if file
+    }
+    report: dict[str, Any] = {"benchmark": "retrieval", "n": len(data["images"]), "n_texts": len(data["texts"])}
+    if request.against is not None:
+        ours, theirs = systems[str(results)][1], systems[str(request.against)][1]
+        report["against"] = paired(ours, theirs) | {"than": str(request.against), "metric": "R@1, both ways"}
+    report["scores"] = {"chance": retrieval.chance(data)} | {name: found for name, (found, _) in systems.items()}
+    tables.report_retrieval(request.out, report)
     return report
 
 
-def _given(results: Path, rows: list[dict], allow_partial: bool) -> tuple[list[dict], list[str]]:
-    given = _read(results, "results")
-    try:
-        pairs = [(row["question_id"], str(row["answer"])) for row in given]
-    except (KeyError, TypeError):
-        raise EvaluationError(f"--results {results}: must be a list of question_id and answer.") from None
-    known = dict(pairs)
-    if len(known) != len(pairs):
-        raise EvaluationError(f"--results {results}: a question is answered more than once.")
-    wanted = {row["question_id"] for row in rows}
-    if extra := set(known) - wanted:
-        raise EvaluationError(f"--results {results}: {len(extra)} answers belong to no question.")
-    if missing := wanted - set(known):
-        if not allow_partial or not known:
-            raise EvaluationError(
-                f"--results {results}: {len(missing)} of {len(wanted)} questions have no answer; answer them all, or "
-                "score what is there with --allow-partial."
-            )
-        say(f"partial: n={len(known)}/{len(wanted)}")
-    kept = [row for row in rows if row["question_id"] in known]
-    return kept, [known[row["question_id"]] for row in kept]
+def _evaluate_answers(request: Request, benchmark: Benchmark, open_store: Open) -> dict[str, Any]:
+    rows = benchmark.load(request.files)
+    total = len(rows)
+    rows = rows[: request.limit] if request.limit else rows
+    report: dict[str, Any] = {"benchmark": request.benchmark, "title": benchmark.title, "of": total}
+    if request.results is not None:
+        rows, systems = _given(request, benchmark, rows)
+        report["results"] = str(request.results)
+        name, other = str(request.results), str(request.against)
+    else:
+        systems, described, other = _generated(request, rows, open_store)
+        report |= described
+        name = described["model"]
+    report["n"] = len(rows)
+    if request.benchmark in STAND_INS and request.files == Files():
+        report["note"] = STAND_INS[request.benchmark]
+        say(report["note"])
+    systems = {"constant answer": benchmark.constant(rows)} | systems
+    scorers = [request.scorer] if request.scorer else list(benchmark.scorers)
+    report["scores"], each = score_systems(benchmark, rows, systems, scorers)
+    if request.against is not None:
+        report["against"] = {s: _compare(each[s][name], each[s][other]) | {"than": other} for s in scorers}
+    report["paper"] = {"note": "the paper's own numbers, not measured here", "numbers": PAPER[request.benchmark]}
+    if _is_writer():
+        _write(request, benchmark, rows, systems, each[scorers[0]], report, name, other)
+    tables.show(benchmark, report)
+    say(f"in {request.out}: scores.json, results.json (the answers), answers.json (all systems), page.html")
+    return report
 
 
-def _answer(
-    run: Path, store: Path, rows: list[dict], overrides: list[str], blind: bool, systems: dict[str, list[str]]
-) -> tuple[list[str], dict[str, Any]]:
-    """Loads a stage-2 run and answers from the store; adds the blind language model to `systems`."""
-    from xformer.data import Cache
-    from xformer.evaluation import generate
-    from xformer.evaluation.load import load_stage2, rows_of_images
-    from xformer.local import mask_ratio
-    from xformer.train import compare_identities
-
-    stage2, state, settings = load_stage2(run, overrides)
-    cache = Cache(store, settings, state["model"], pixels=False, phase="eval")
-    compare_identities(state["identities"], cache.identities(), str(run), str(store))
-    places, captions = rows_of_images(cache, [str(row["image_id"]) for row in rows])
-    asked = [row["question"] for row in rows]
-    answers = generate.answer(stage2, cache, np.array(places), asked, settings, f"answer with {state['model']}")
-    if blind:
-        systems["blind LLM"] = generate.answer_blind(stage2.llm, asked, settings)
-        if all(captions):
-            told = generate.answer_from_captions(stage2.llm, [str(c) for c in captions], asked, settings)
-            systems["LLM given a true caption"] = told
-    return answers, {
-        "model": state["model"],
-        "checkpoint": str(run),
-        "step": state["step"],
-        "features": str(store),
-        "llm": settings.llm.weights,
-        "eval": settings.eval.model_dump(mode="json"),
-        "mask_ratio": mask_ratio(settings, state["model"], "eval"),
-    }
+def _is_writer() -> bool:
+    """Of several processes the first one writes."""
+    return os.environ.get("RANK", "0") == "0"
 
 
-def _show(benchmark: str, report: dict[str, Any]) -> None:
-    first = next(iter(report["scores"].values()))
-    for scorer in first:
-        inner = first[scorer]
-        part = next((k for k in ("per_answer_type", "per_count", "per_objects") if k in inner), None)
-        kinds = list(inner[part]) if part else []
-        extra = [k for k in ("mae", "rmse") if k in inner]
-        rows = [
-            (name, *[s[scorer][part].get(k) for k in kinds], s[scorer]["overall"], *[s[scorer][k] for k in extra])
-            for name, s in report["scores"].items()
-        ]
-        title = f"{TITLES[benchmark]}, {scorer} scorer, n = {report['n']}"
-        table(title, ("", *kinds, "overall", *extra), rows)
+def score_systems(
+    benchmark: Benchmark, rows: list[Row], systems: dict[str, list[str]], scorers: list[str]
+) -> tuple[dict[str, Any], dict[str, dict[str, list[float]]]]:
+    """Reports by system and scorer, with a 95% interval of `overall`; and every question's score by scorer and system."""
+    reports: dict[str, Any] = {name: {} for name in systems}
+    each: dict[str, dict[str, list[float]]] = {scorer: {} for scorer in scorers}
+    for scorer in scorers:
+        for name, given in systems.items():
+            found, values = benchmark.score(rows, given, scorer)
+            counted = [v for v in values if not math.isnan(v)]
+            reports[name][scorer] = {"overall": found["overall"], "interval": interval(counted)} | found
+            each[scorer][name] = values
+    return reports, each
+
+
+def _compare(ours: list[float], theirs: list[float]) -> dict[str, Any]:
+    both = [(a, b) for a, b in zip(ours, theirs, strict=True) if not math.isnan(a)]
+    return paired([a for a, _ in both], [b for _, b in both])
+
+
+def _given(request: Request, benchmark: Benchmark, rows: list[Row]) -> tuple[list[Row], dict[str, list[str]]]:
+    """The rows that every given results file answers, and the answers."""
+    keys = [row["key"] for row in rows]
+    optional = frozenset(row["key"] for row in rows if not row.get("balanced", True))
+    found: dict[str, dict[Any, str]] = {}
+    for file in (request.results, request.against):
+        if file is not None:
+            pairs = read_results(file, benchmark.keys)
+            if request.limit:
+                pairs = [pair for pair in pairs if pair[0] in set(keys)]
+            found[str(file)] = match(pairs, keys, f"--results {file}", request.allow_partial, optional)
+    answered = set(keys).intersection(*(set(known) for known in found.values()))
+    kept = [row for row in rows if row["key"] in answered]
+    if not kept:
+        raise EvaluationError(
+            f"--against {request.against}: answers none of the questions that {request.results} answers."
+        )
+    needed = len(keys) - len(optional)
+    if len(answered - optional) < needed:
+        say(f"partial: n={len(answered - optional)}/{needed}")
+    return kept, {name: [known[row["key"]] for row in kept] for name, known in found.items()}
+
+
+def _generated(request: Request, rows: list[Row], open_store: Open) -> tuple[dict[str, list[str]], dict[str, Any], str]:
+    """What the model and its baselines answer; and the name of the system given by --against."""
+    from xformer.checkpoint import newest_run
+    from xformer.evaluation.answers import Wanted, answer
+
+    run = request.checkpoint or newest_run(Path("runs"), stage=2)
+    asked = {str(row["image_id"]) for row in rows}
+    captions = request.benchmark in ("coco-caption", "nocaps")
+    wanted = Wanted(request.blind, request.shuffled, request.blind and not captions, request.prompt, captions)
+    store = open_store(run, asked)
+    systems, described = answer(run, store, rows, request.overrides, wanted, request.out / "progress")
+    other = ""
+    if request.against is not None:
+        alone = Wanted(False, False, False, request.prompt, captions)
+        theirs, about = answer(
+            request.against,
+            open_store(request.against, asked),
+            rows,
+            request.overrides,
+            alone,
+            request.out / "progress",
+        )
+        other = about["model"] if about["model"] != described["model"] else f"{about['model']} of {request.against}"
+        systems[other] = theirs[about["model"]]
+        described["against_checkpoint"] = {"name": other, **about}
+    return systems, described, other
+
+
+def _write(
+    request: Request, benchmark: Benchmark, rows: list[Row], systems: dict[str, list[str]],
+    each: dict[str, list[float]], report: dict[str, Any], name: str, other: str,
+) -> None:  # fmt: skip
+    first, second = benchmark.keys
+    for system, file in ((name, "results.json"), (other, "results-against.json")):
+        if system in systems:
+            given = zip(rows, systems[system], strict=True)
+            publish.write_json(request.out / file, [{first: row["key"], second: text} for row, text in given])
+    shown = [
+        {
+            "question_id": row["key"],
+            "image_id": row["image_id"],
+            "question": row["question"],
+            "truth": row["truth"],
+            "category": row["category"],
+            "answers": {system: given[i] for system, given in systems.items()},
+            "scores": {
+                system: None if math.isnan(each[system][i]) else round(each[system][i], 4) for system in systems
+            },
+        }
+        for i, row in enumerate(rows)
+    ]
+    lines = ",\n".join(json.dumps(row) for row in shown)
+    publish.write_bytes(request.out / "answers.json", f"[\n{lines}\n]\n".encode())
+    pictures = page.picture_folder(request.images, request.files.questions or request.files.annotations)
+    publish.write_bytes(request.out / "page.html", page.answers_page(report, benchmark.part, shown, pictures).encode())
+    publish.write_json(request.out / "scores.json", report)

@@ -1,14 +1,19 @@
-"""VQAv2 scoring: the official evaluator (GT-Vision-Lab/VQA, vqaEval.py) and LAVIS's older copy of it.
+"""The evaluator of VQAv2 and OK-VQA: the official one (GT-Vision-Lab/VQA, vqaEval.py) and LAVIS's older copy of it.
 
 `official` normalises prediction and ground truth, but only where the ten answers are not all the same. `lavis` (used
 for BLIP-2, and so for the paper's tables) always normalises the prediction and strips only punctuation from the truth.
 """
 
 import re
+import sys
 from collections import Counter
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from xformer.errors import EvaluationError
+from xformer.evaluation.files import need, read_json, unique
 
 PUNCTUATION = [*';/[]"{}()=+\\_-><@`,?!']
 NUMBERS = {
@@ -61,7 +66,19 @@ def normalise_words(text: str) -> str:
 
 
 def clean(text: str) -> str:
+    """Newlines and tabs become spaces (vqaEval.py does so before anything else)."""
     return text.replace("\n", " ").replace("\t", " ").strip()
+
+
+@lru_cache(maxsize=1 << 18)
+def normalise(text: str) -> str:
+    """The whole normalisation, in the evaluator's order."""
+    return normalise_words(strip_punctuation(clean(text)))
+
+
+@lru_cache(maxsize=1 << 18)
+def _without_punctuation(text: str) -> str:
+    return strip_punctuation(clean(text))
 
 
 def score_question(prediction: str, answers: list[str], scorer: str) -> float:
@@ -70,63 +87,103 @@ def score_question(prediction: str, answers: list[str], scorer: str) -> float:
     Args:
         scorer: "official" or "lavis".
     """
-    prediction, answers = clean(prediction), [clean(a) for a in answers]
     if scorer == "lavis":
-        prediction = normalise_words(strip_punctuation(prediction))
-        answers = [strip_punctuation(a) for a in answers]
-    elif len(set(answers)) > 1:
-        prediction = normalise_words(strip_punctuation(prediction))
-        answers = [normalise_words(strip_punctuation(a)) for a in answers]
-    matches = sum(a == prediction for a in answers)
-    return sum(min(1.0, (matches - (a == prediction)) / 3) for a in answers) / len(answers)
+        matches = sum(_without_punctuation(a) == normalise(prediction) for a in answers)
+    else:
+        cleaned = [clean(a) for a in answers]
+        if len(set(cleaned)) > 1:
+            matches = sum(normalise(a) == normalise(prediction) for a in answers)
+        else:
+            matches = len(answers) * (cleaned[0] == clean(prediction))
+    others = matches * min(1.0, (matches - 1) / 3) + (len(answers) - matches) * min(1.0, matches / 3)
+    return others / len(answers)
 
 
 SCORERS = ("official", "lavis")
 
 
-def score(results: list[dict[str, Any]], annotations: list[dict[str, Any]], scorer: str) -> dict[str, Any]:
-    """Scores results [{question_id, answer}] against annotations, x100, two decimals, per answer and question type.
+def score(rows: list[dict[str, Any]], answers: list[str], scorer: str) -> tuple[dict[str, Any], list[float]]:
+    """Scores `answers[i]` to question `rows[i]`, x100, two decimals, overall and per answer and question type.
 
-    Raises: EvaluationError where the ids are not exactly those of the annotations.
+    Returns: the report, and every question's score, 0..1.
     """
-    given = [row["question_id"] for row in results]
-    wanted = {row["question_id"] for row in annotations}
-    if len(set(given)) != len(given):
-        doubled = next(i for i, n in Counter(given).items() if n > 1)
-        raise EvaluationError(f"question {doubled} is answered more than once; every question needs one answer.")
-    if missing := wanted - set(given):
-        raise EvaluationError(
-            f"{len(missing)} of {len(wanted)} questions have no answer (first: {min(missing, key=str)}); answer them all, "
-            "or score what is there with --allow-partial."
-        )
-    if extra := set(given) - wanted:
-        raise EvaluationError(f"{len(extra)} answers belong to no question (first: {min(extra, key=str)}).")
-    predictions = {row["question_id"]: str(row["answer"]) for row in results}
-    everything: list[float] = []
+    each = [score_question(answer, row["answers"], scorer) for row, answer in zip(rows, answers, strict=True)]
     by_answer: dict[str, list[float]] = {}
     by_question: dict[str, list[float]] = {}
-    for row in annotations:
-        answers = [str(a["answer"]) for a in row["answers"]]
-        value = score_question(predictions[row["question_id"]], answers, scorer)
-        everything.append(value)
+    for row, value in zip(rows, each, strict=True):
         by_answer.setdefault(row["answer_type"], []).append(value)
         by_question.setdefault(row["question_type"], []).append(value)
-    return {
-        "overall": _percent(everything),
-        "per_answer_type": {k: _percent(by_answer[k]) for k in sorted(by_answer)},
-        "per_question_type": {k: _percent(by_question[k]) for k in sorted(by_question)},
-        "n": len(everything),
+    report = {
+        "overall": percent(each),
+        "per_answer_type": {k: percent(by_answer[k]) for k in sorted(by_answer)},
+        "per_question_type": {k: percent(by_question[k]) for k in sorted(by_question)},
+        "n": len(each),
         "n_per_answer_type": {k: len(by_answer[k]) for k in sorted(by_answer)},
     }
+    return report, each
 
 
-def _percent(values: list[float]) -> float:
+def percent(values: list[float] | list[bool]) -> float:
+    """The mean x100, two decimals."""
     return round(100 * sum(values) / len(values), 2) if values else 0.0
 
 
-def constant_answers(annotations: list[dict[str, Any]]) -> dict[str, str]:
+def constant_answers(rows: list[dict[str, Any]]) -> list[str]:
     """The most frequent answer of each answer type: what a model that never looks can reach."""
     counts: dict[str, Counter[str]] = {}
-    for row in annotations:
-        counts.setdefault(row["answer_type"], Counter())[row["multiple_choice_answer"]] += 1
-    return {kind: counter.most_common(1)[0][0] for kind, counter in counts.items()}
+    for row in rows:
+        counts.setdefault(row["answer_type"], Counter())[row["truth"]] += 1
+    best = {kind: counter.most_common(1)[0][0] for kind, counter in counts.items()}
+    return [best[row["answer_type"]] for row in rows]
+
+
+def _only_the_answer(found: dict) -> Any:
+    """Keeps one shared string of each annotator's answer object: two million objects would take a gigabyte."""
+    answer = found.get("answer")
+    return sys.intern(answer) if isinstance(answer, str) and "question_id" not in found else found
+
+
+def load(questions: Path, annotations: Path, name_type: Callable[[dict, dict], str]) -> list[dict[str, Any]]:
+    """Questions with their ten answers, in the order of the annotations.
+
+    Args:
+        name_type: (the annotation file, a row) -> the name of the row's question type.
+
+    Raises: EvaluationError for a wrong format, ids that differ, or a question without ten answers.
+    """
+    asked_file, truth_file = f"--questions {questions}", f"--annotations {annotations}"
+    content = need(read_json(questions, "questions"), ("questions",), asked_file)["questions"]
+    truths = need(read_json(annotations, "annotations", _only_the_answer), ("annotations",), truth_file)
+    if not isinstance(content, list) or not isinstance(truths["annotations"], list):
+        raise EvaluationError(f"{asked_file}: questions and annotations must be lists, as in the VQA format.")
+    unique([need(row, ("question_id", "image_id", "question"), asked_file)["question_id"] for row in content],
+           "question ids", asked_file)  # fmt: skip
+    asked = {row["question_id"]: row["question"] for row in content}
+    rows = []
+    for row in truths["annotations"]:
+        need(row, ("question_id", "image_id", "answers", "answer_type", "question_type"), truth_file)
+        given = row["answers"]
+        if not isinstance(given, list) or len(given) != 10 or not all(isinstance(a, str) for a in given):
+            count = len(given) if isinstance(given, list) else 0
+            raise EvaluationError(
+                f"{truth_file}: question {row['question_id']!r} needs ten answers that are text; it has {count} entries."
+            )
+        rows.append(
+            {
+                "key": row["question_id"],
+                "image_id": row["image_id"],
+                "question": asked.get(row["question_id"], ""),
+                "answers": given,
+                "answer_type": sys.intern(str(row["answer_type"])),
+                "question_type": sys.intern(name_type(truths, row)),
+                "category": sys.intern(str(row["answer_type"])),
+                "truth": str(row.get("multiple_choice_answer") or Counter(given).most_common(1)[0][0]),
+            }
+        )
+    unique([row["key"] for row in rows], "question ids", truth_file)
+    if differ := set(asked) ^ {row["key"] for row in rows}:
+        raise EvaluationError(
+            f"{asked_file} and {truth_file} do not hold the same questions: {len(differ)} stand in only one of them "
+            f"(first: {min(differ, key=str)!r})."
+        )
+    return rows
