@@ -95,7 +95,7 @@ def corpus_shapes(
 
 @corpus_app.command("info")
 def corpus_info(
-    source: Annotated[Path, typer.Argument(help="A shapes folder, a COCO caption JSON, or a folder of pictures.")],
+    source: Annotated[Path, typer.Argument(help="A shapes folder, tars, a COCO or Visual Genome JSON, a CSV, TSV or Parquet, or pictures.")],
     images: Annotated[Path | None, typer.Option(help="The pictures of a caption file.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
     quiet: Quiet = False,

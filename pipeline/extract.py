@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import images, masks, store
-from pipeline.corpora import Corpus
+from pipeline.corpora import Corpus, read_image
 from pipeline.index import Index
 from pipeline.plan import write_index
 from xformer.console import progress, say
@@ -93,7 +93,7 @@ def encode_shard(
             dead[i] = record["reason"]
             continue
         try:
-            content = (Path(root) / record["location"]).read_bytes()
+            content = read_image(Path(root), record["location"])
             if hashlib.sha256(content).digest() != record["sha256"]:
                 raise images.BadImage("the file has changed since the store was planned")
             pixels[i] = images.evaluation_view(images.decode(content, settings.corpus.max_image_pixels), side)

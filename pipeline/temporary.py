@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-from pipeline.corpora import Row, open_corpus
+from pipeline.captioned import Row
+from pipeline.corpora import open_corpus
 from pipeline.extract import extract
 from xformer.checkpoint import newest, read_state
 from xformer.errors import CorpusError, EvaluationError
