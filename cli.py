@@ -45,6 +45,11 @@ class Model(StrEnum):
     qformer = "qformer"
 
 
+class Dtype(StrEnum):
+    fp16 = "fp16"
+    int8 = "int8"
+
+
 class Benchmark(StrEnum):
     vqav2 = "vqav2"
     oc = "oc"
@@ -95,7 +100,10 @@ def corpus_shapes(
 
 @corpus_app.command("info")
 def corpus_info(
-    source: Annotated[Path, typer.Argument(help="A shapes folder, tars, a COCO or Visual Genome JSON, a CSV, TSV or Parquet, or pictures.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="A shapes folder, tars, a COCO or Visual Genome JSON, a CSV, TSV or Parquet, or pictures."),
+    ],
     images: Annotated[Path | None, typer.Option(help="The pictures of a caption file.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
     quiet: Quiet = False,
@@ -149,6 +157,13 @@ def extract(
     draws: Annotated[int | None, typer.Option(min=1, help="Mask draws to store; epoch e reads draw e mod K.")] = None,
     mask_ratio: Annotated[float | None, typer.Option(help="Share of patches the MAE does not see; 0 = none.")] = None,
     layers: Annotated[str | None, typer.Option(help="CLIP blocks to cache, 1-based, e.g. 39,26,28,30.")] = None,
+    views: Annotated[
+        int | None, typer.Option(min=1, help="Augmentation views; draw d is made on view d mod V.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="fp16, or int8 with scales.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="int8 even where it loses more than the settings allow.")
+    ] = False,
     shard_rows: Annotated[int | None, typer.Option(min=1, help="Images per shard: one unit of work.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images of the corpus.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Dask worker processes on this machine.")] = None,
@@ -166,7 +181,8 @@ def extract(
     overrides = list(set_ or [])
     if layers is not None:
         overrides.append(f"clip.layers=[{layers}]")
-    for key, value in (("mae.draws", draws), ("mae.mask_ratio", mask_ratio), ("store.shard_rows", shard_rows)):
+    given = {"mae.draws": draws, "mae.mask_ratio": mask_ratio, "store.shard_rows": shard_rows, "store.views": views}
+    for key, value in (given | {"store.dtype": dtype.value if dtype else None}).items():
         overrides += [] if value is None else [f"{key}={value}"]
     if weights is not None:
         overrides += [f"{kind.value}.weights={weights}" for kind in encoder]
@@ -179,7 +195,7 @@ def extract(
     source = open_corpus(corpus or ensure_shapes(Path("shapes"), settings), images)
     from pipeline.extract import extract as run
 
-    report = run(source, store, kinds, settings, limit, workers=workers, scheduler=scheduler, gpus=gpus)
+    report = run(source, store, kinds, settings, limit, workers=workers, scheduler=scheduler, gpus=gpus, force=force)
     report_extraction(report, json_file)
 
 
@@ -191,10 +207,10 @@ def store_info(
 ) -> None:
     """Arrays, shapes, bytes, committed shards, seconds of encoding, and dead letters."""
     _settings("tiny", None, None, None, quiet)
-    from pipeline.store import describe
     from pipeline.survey import report_store
+    from pipeline.upkeep import info
 
-    report_store(describe(store), json_file)
+    report_store(info(store), json_file)
 
 
 @store_app.command("verify")
@@ -207,7 +223,7 @@ def store_verify(
 ) -> None:
     """Compare every byte of every committed shard with its record."""
     _settings("tiny", None, None, None, quiet)
-    from pipeline.store import verify
+    from pipeline.upkeep import verify
     from xformer.console import say
     from xformer.errors import StoreError
 

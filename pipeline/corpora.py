@@ -25,6 +25,7 @@ class Corpus:
 
     kind: str
     root: Path
+    source: Path
     identity: str  # sha256 of what decides the rows: caption files or file names
     rows: Callable[[], Iterator[Row]]
 
@@ -73,11 +74,11 @@ def open_corpus(source: Path, image_root: Path | None = None) -> Corpus:
             raise CorpusError(f"--images {image_root}: there is no such folder.")
         root = image_root
         if kind in TABLES:
-            return Corpus("table", root, _sha256(source), lambda: table_rows(source))
+            return Corpus("table", root, source, _sha256(source), lambda: table_rows(source))
         with source.open("rb") as stream:
             is_list = stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
         if is_list:
-            return Corpus("visual genome", root, _sha256(source), lambda: genome_rows(source, root))
+            return Corpus("visual genome", root, source, _sha256(source), lambda: genome_rows(source, root))
         return _coco(source, root)
     raise CorpusError(
         f"--corpus {source}: neither a shapes folder, tars, a COCO or Visual Genome JSON, a CSV, TSV or Parquet, nor a "
@@ -90,7 +91,7 @@ def _tars(source: Path, root: Path, files: list[Path]) -> Corpus:
     if not files:
         raise CorpusError(f"--corpus {source}: no tar of this name.")
     names = "\n".join(f"{f.relative_to(root).as_posix()} {f.stat().st_size}" for f in files)
-    return Corpus("tars", root, hashlib.sha256(names.encode()).hexdigest(), lambda: tar_rows(root, files))
+    return Corpus("tars", root, source, hashlib.sha256(names.encode()).hexdigest(), lambda: tar_rows(root, files))
 
 
 def _sha256(*files: Path) -> str:
@@ -126,7 +127,7 @@ def _coco(file: Path, root: Path) -> Corpus:
         for key in sorted(names):
             yield Row(str(key), inside(names[key], file), tuple(captions[key]))
 
-    return Corpus("coco", root, _sha256(file), rows)
+    return Corpus("coco", root, file, _sha256(file), rows)
 
 
 def _folder(root: Path) -> Corpus:
@@ -138,7 +139,7 @@ def _folder(root: Path) -> Corpus:
         for name in names:
             yield Row(image_id(name), name, ())
 
-    return Corpus("folder", root, hashlib.sha256("\n".join(names).encode()).hexdigest(), rows)
+    return Corpus("folder", root, root, hashlib.sha256("\n".join(names).encode()).hexdigest(), rows)
 
 
 def _shapes(root: Path) -> Corpus:
@@ -153,4 +154,4 @@ def _shapes(root: Path) -> Corpus:
             for key in sorted(names):
                 yield Row(str(key), f"{split}/images/{inside(names[key], file)}", tuple(captions[key]), split)
 
-    return Corpus("shapes", root, _sha256(*files.values()), rows)
+    return Corpus("shapes", root, root, _sha256(*files.values()), rows)

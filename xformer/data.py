@@ -44,7 +44,8 @@ class Cache:
         self.clip = self._open(f"clip/{layer}/tokens")
         self.mae: list[FeatureArray] = []
         self.kept: list[FeatureArray] = []
-        self.pixels: FeatureArray | None = None
+        self.clips: dict[int, FeatureArray] = {0: self.clip}  # by view
+        self.pixels: dict[int, FeatureArray] = {}
         if self.clip.shape[-1] != settings.clip.width:
             raise StoreError(
                 f"{path}: clip tokens are {self.clip.shape[-1]} wide, the settings say {settings.clip.width}."
@@ -52,8 +53,10 @@ class Cache:
         if model == "xformer":
             self._open_mae(path, settings.mae)
             if pixels and self.kept:
-                self.pixels = self._open("pixels/view-0")
-        arrays = [self.clip, *self.mae, *self.kept, *([self.pixels] if self.pixels else [])]
+                self.pixels = {view: self._open(f"pixels/view-{view}") for view in set(self.views)}
+            for view in set(self.views) - {0}:
+                self.clips[view] = self._open(f"clip/{layer}/view-{view}/tokens")
+        arrays = [*self.clips.values(), *self.mae, *self.kept, *self.pixels.values()]
         self.dead = {row for array in arrays for row in array.dead}
         self.patches = (settings.image_size // settings.mae.patch) ** 2
 
@@ -79,6 +82,11 @@ class Cache:
             raise StoreError(f"{path}: mae tokens are {self.mae[0].shape[-1]} wide, the settings say {mae.width}.")
 
     @property
+    def views(self) -> list[int]:
+        """The augmentation view that each draw was made on; CLIP tokens and pixels of a draw are of the same view."""
+        return [array.attributes["usage"]["view"] for array in self.mae]
+
+    @property
     def draws(self) -> int:
         """K: epoch e reads draw e mod K. 0 where no MAE features are read, 1 for whole images."""
         return len(self.mae)
@@ -94,8 +102,9 @@ class Cache:
         kept = None
         if self.kept:
             kept = np.unpackbits(self.kept[draw].read(rows), axis=-1, count=self.patches).astype(bool)
-        pixels = self.pixels.read(rows) if self.pixels else None
-        return Features(self.clip.read(rows), mae, kept, pixels)
+        view = self.views[draw] if self.mae else 0
+        pixels = self.pixels[view].read(rows) if self.pixels else None
+        return Features(self.clips[view].read(rows), mae, kept, pixels)
 
 
 class Pairs:
