@@ -216,9 +216,7 @@ def store_info(
 @store_app.command("verify")
 def store_verify(
     store: Annotated[Path, typer.Argument()],
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Withdraw damaged shards, so that extract redoes them.")
-    ] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Redo exactly the damaged shards.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare every byte of every committed shard with its record."""
@@ -228,12 +226,76 @@ def store_verify(
     from xformer.errors import StoreError
 
     problems = verify(store, repair)
+    if problems and repair:
+        from pipeline.extract import extract_again
+
+        extract_again(store)
+        repaired, problems = problems, verify(store)
+        say(f"{store}: {len(repaired)} damaged shards made again")
     for problem in problems:
         print(problem, file=sys.stderr)
-    if problems and not repair:
+    if problems:
         raise StoreError(f"{len(problems)} shards of {store} are damaged; run: xformer store verify {store} --repair")
+    say(f"{store}: every committed shard is intact")
+
+
+@store_app.command("show")
+def store_show(
+    store: Annotated[Path, typer.Argument()],
+    ids: Annotated[list[str] | None, typer.Option("--id", help="An image id; may be repeated.")] = None,
+    rows: Annotated[int, typer.Option(min=1, max=100, help="How many rows, spread over the store.")] = 6,
+    out: Annotated[Path, typer.Option(help="A PNG.")] = Path("rows.png"),
+    quiet: Quiet = False,
+) -> None:
+    """A contact sheet of rows: image, masks, and what is cached."""
+    _settings("tiny", None, None, None, quiet)
+    from pipeline.contact import contact_sheet
+    from xformer.console import say
+
+    say(f"{', '.join(contact_sheet(store, ids or [], rows, out))} drawn in {out}")
+
+
+@store_app.command("fidelity")
+def store_fidelity(
+    store: Annotated[Path, typer.Argument()],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """What int8 loses: relative RMSE, cosine and the worst token, against fp16 on a sample."""
+    _settings("tiny", None, None, None, quiet)
+    from pipeline.fidelity import report
+
+    report(store, json_file)
+
+
+@store_app.command("retry")
+def store_retry(store: Annotated[Path, typer.Argument()], quiet: Quiet = False) -> None:
+    """Try the images again that became dead letters during extraction."""
+    _settings("tiny", None, None, None, quiet)
+    from pipeline.extract import extract_again
+    from pipeline.upkeep import withdraw_dead
+    from xformer.console import say
+
+    tried, kinds = withdraw_dead(store)
+    left = extract_again(store, kinds)
+    say(f"{store}: {tried} rows tried again, {left} dead letters left")
+
+
+@store_app.command("gc")
+def store_gc(
+    store: Annotated[Path, typer.Argument()],
+    drop: Annotated[list[str] | None, typer.Option(help="An array or prefix, e.g. mae/draw-3 or clip/26.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Remove what killed extractions left behind, and with --drop whole encoders, layers or draws."""
+    _settings("tiny", None, None, None, quiet)
+    from pipeline.upkeep import drop as run
+    from xformer.console import say
+
+    gone, freed = run(store, drop or [])
     say(
-        f"{store}: {f'{len(problems)} shards withdrawn; extract again' if problems else 'every committed shard is intact'}"
+        f"{store}: {len(gone)} things removed, {freed / 1e6:,.1f} MB free"
+        + "".join(f"\n  {name}" for name in gone[:20])
     )
 
 

@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import cluster, encode, fidelity, images, masks, provenance, store, upkeep
-from pipeline.corpora import Corpus
+from pipeline.corpora import Corpus, open_corpus
 from pipeline.index import Index
 from pipeline.plan import write_index
 from xformer.console import progress, say
 from xformer.errors import CorpusError, SettingsError, StoreError
-from xformer.settings import Settings
+from xformer.settings import Settings, settings_from
 
 
 def declare(path: Path, index: Index, kind: str, settings: Settings, whole: bool, root: Path, force: bool) -> list[str]:
@@ -178,3 +178,23 @@ def _check_dead(dead: int, planned: int, settings: Settings) -> None:
             f"{dead} of {planned} images are unusable, more than corpus.max_dead_fraction = "
             f"{settings.corpus.max_dead_fraction}; see the reasons with: xformer corpus info SRC"
         )
+
+
+def extract_again(path: Path, kinds: list[str] | None = None) -> int:
+    """Fills what is missing in a store, with the settings and images of its own last extractions.
+
+    Returns the number of dead letters. Raises StoreError where the store does not say how it was made.
+    """
+    made = provenance.read(path)
+    for kind in made if kinds is None else kinds:
+        if kind not in made:
+            raise StoreError(
+                f"{path} does not say how its {kind} features were made; run the extraction again yourself."
+            )
+        source, root = Path(made[kind]["source"]), Path(made[kind]["images"])
+        settings = settings_from(made[kind]["settings"], str(path))
+        whole = any(name.startswith("mae/full/") for name in made[kind]["arrays"])
+        limit = Index(path / "index").description["corpus"]["limit"]
+        corpus = open_corpus(source, None if source.is_dir() or source.suffix == ".tar" else root)
+        extract(corpus, path, [kind], settings, limit, whole, in_process=True, force=True)
+    return len(store.describe(path)["dead"])
