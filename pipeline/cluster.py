@@ -82,11 +82,15 @@ def run_on_dask(job: Job, todo: Todo, workers: int, scheduler: str | None) -> It
     )
     try:
         if scheduler is None:
-            cluster = LocalCluster(
-                n_workers=workers, threads_per_worker=IN_FLIGHT, host="127.0.0.1", dashboard_address=None,  # type: ignore
-                silence_logs=logging.CRITICAL, memory_limit=0,
-            )  # fmt: skip
-        logging.getLogger("distributed").setLevel(logging.CRITICAL)
+            try:
+                cluster = LocalCluster(
+                    n_workers=workers, threads_per_worker=IN_FLIGHT, host="127.0.0.1", dashboard_address=None,  # type: ignore
+                    silence_logs=logging.CRITICAL, memory_limit=0,
+                )  # fmt: skip
+            except RuntimeError as error:
+                raise StoreError(f"Dask's workers do not start ({error}); run the same command again.") from None
+        for name in [name for name in logging.root.manager.loggerDict if name.startswith(("distributed", "tornado"))]:
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # one sentence of ours says what a person needs
         with Client(cluster or scheduler, timeout=10) as client:
             width = max(workers, len(client.scheduler_info(n_workers=-1)["workers"])) * (IN_FLIGHT + 1)
             waiting, shard_of = iter(todo), {}
