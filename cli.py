@@ -48,6 +48,11 @@ class Model(StrEnum):
     early = "early"
 
 
+class Dtype(StrEnum):
+    fp16 = "fp16"
+    int8 = "int8"
+
+
 Preset = Annotated[str, typer.Option(help="tiny (a laptop, embedded weights) or paper.")]
 Config = Annotated[Path | None, typer.Option(help="A YAML file laid out as stages.yaml, holding any part of it.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. train.lr=1e-4; may be repeated.")]
@@ -92,7 +97,10 @@ def corpus_shapes(
 
 @corpus_app.command("info")
 def corpus_info(
-    source: Annotated[Path, typer.Argument(help="A shapes folder, a COCO caption JSON, or a folder of pictures.")],
+    source: Annotated[
+        Path,
+        typer.Argument(help="A shapes folder, tars, a COCO or Visual Genome JSON, a CSV, TSV or Parquet, or pictures."),
+    ],
     images: Annotated[Path | None, typer.Option(help="The pictures of a caption file.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
     quiet: Quiet = False,
@@ -146,6 +154,13 @@ def extract(
     draws: Annotated[int | None, typer.Option(min=1, help="Mask draws to store; epoch e reads draw e mod K.")] = None,
     mask_ratio: Annotated[float | None, typer.Option(help="Share of patches the MAE does not see; 0 = none.")] = None,
     layers: Annotated[str | None, typer.Option(help="CLIP blocks to cache, 1-based, e.g. 39,26,28,30.")] = None,
+    views: Annotated[
+        int | None, typer.Option(min=1, help="Augmentation views; draw d is made on view d mod V.")
+    ] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="fp16, or int8 with scales.")] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="int8 even where it loses more than the settings allow.")
+    ] = False,
     shard_rows: Annotated[int | None, typer.Option(min=1, help="Images per shard: one unit of work.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images of the corpus.")] = None,
     workers: Annotated[int | None, typer.Option(min=1, help="Dask worker processes on this machine.")] = None,
@@ -163,7 +178,8 @@ def extract(
     overrides = list(set_ or [])
     if layers is not None:
         overrides.append(f"clip.layers=[{layers}]")
-    for key, value in (("mae.draws", draws), ("mae.mask_ratio", mask_ratio), ("store.shard_rows", shard_rows)):
+    given = {"mae.draws": draws, "mae.mask_ratio": mask_ratio, "store.shard_rows": shard_rows, "store.views": views}
+    for key, value in (given | {"store.dtype": dtype.value if dtype else None}).items():
         overrides += [] if value is None else [f"{key}={value}"]
     if weights is not None:
         overrides += [f"{kind.value}.weights={weights}" for kind in encoder]
@@ -176,7 +192,7 @@ def extract(
     source = open_corpus(corpus or ensure_shapes(Path("shapes"), settings), images)
     from pipeline.extract import extract as run
 
-    report = run(source, store, kinds, settings, limit, workers=workers, scheduler=scheduler, gpus=gpus)
+    report = run(source, store, kinds, settings, limit, workers=workers, scheduler=scheduler, gpus=gpus, force=force)
     report_extraction(report, json_file)
 
 
@@ -188,33 +204,95 @@ def store_info(
 ) -> None:
     """Arrays, shapes, bytes, committed shards, seconds of encoding, and dead letters."""
     _settings("tiny", None, None, None, quiet)
-    from pipeline.store import describe
     from pipeline.survey import report_store
+    from pipeline.upkeep import info
 
-    report_store(describe(store), json_file)
+    report_store(info(store), json_file)
 
 
 @store_app.command("verify")
 def store_verify(
     store: Annotated[Path, typer.Argument()],
-    repair: Annotated[
-        bool, typer.Option("--repair", help="Withdraw damaged shards, so that extract redoes them.")
-    ] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Redo exactly the damaged shards.")] = False,
     quiet: Quiet = False,
 ) -> None:
     """Compare every byte of every committed shard with its record."""
     _settings("tiny", None, None, None, quiet)
-    from pipeline.store import verify
+    from pipeline.upkeep import verify
     from xformer.console import say
     from xformer.errors import StoreError
 
     problems = verify(store, repair)
+    if problems and repair:
+        from pipeline.extract import extract_again
+
+        extract_again(store)
+        repaired, problems = problems, verify(store)
+        say(f"{store}: {len(repaired)} damaged shards made again")
     for problem in problems:
         print(problem, file=sys.stderr)
-    if problems and not repair:
+    if problems:
         raise StoreError(f"{len(problems)} shards of {store} are damaged; run: xformer store verify {store} --repair")
+    say(f"{store}: every committed shard is intact")
+
+
+@store_app.command("show")
+def store_show(
+    store: Annotated[Path, typer.Argument()],
+    ids: Annotated[list[str] | None, typer.Option("--id", help="An image id; may be repeated.")] = None,
+    rows: Annotated[int, typer.Option(min=1, max=100, help="How many rows, spread over the store.")] = 6,
+    out: Annotated[Path, typer.Option(help="A PNG.")] = Path("rows.png"),
+    quiet: Quiet = False,
+) -> None:
+    """A contact sheet of rows: image, masks, and what is cached."""
+    _settings("tiny", None, None, None, quiet)
+    from pipeline.contact import contact_sheet
+    from xformer.console import say
+
+    say(f"{', '.join(contact_sheet(store, ids or [], rows, out))} drawn in {out}")
+
+
+@store_app.command("fidelity")
+def store_fidelity(
+    store: Annotated[Path, typer.Argument()],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """What int8 loses: relative RMSE, cosine and the worst token, against fp16 on a sample."""
+    _settings("tiny", None, None, None, quiet)
+    from pipeline.fidelity import report
+
+    report(store, json_file)
+
+
+@store_app.command("retry")
+def store_retry(store: Annotated[Path, typer.Argument()], quiet: Quiet = False) -> None:
+    """Try the images again that became dead letters during extraction."""
+    _settings("tiny", None, None, None, quiet)
+    from pipeline.extract import extract_again
+    from pipeline.upkeep import withdraw_dead
+    from xformer.console import say
+
+    tried, kinds = withdraw_dead(store)
+    left = extract_again(store, kinds)
+    say(f"{store}: {tried} rows tried again, {left} dead letters left")
+
+
+@store_app.command("gc")
+def store_gc(
+    store: Annotated[Path, typer.Argument()],
+    drop: Annotated[list[str] | None, typer.Option(help="An array or prefix, e.g. mae/draw-3 or clip/26.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Remove what killed extractions left behind, and with --drop whole encoders, layers or draws."""
+    _settings("tiny", None, None, None, quiet)
+    from pipeline.upkeep import drop as run
+    from xformer.console import say
+
+    gone, freed = run(store, drop or [])
     say(
-        f"{store}: {f'{len(problems)} shards withdrawn; extract again' if problems else 'every committed shard is intact'}"
+        f"{store}: {len(gone)} things removed, {freed / 1e6:,.1f} MB free"
+        + "".join(f"\n  {name}" for name in gone[:20])
     )
 
 

@@ -1,25 +1,22 @@
 """Corpora: every kind gives the same rows (id, location, captions, split), one by one, without holding pictures."""
 
+import errno
+import glob
 import hashlib
 import json
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pipeline import tars
+from pipeline.captioned import PICTURES, Row, genome_rows, image_id, inside, table_rows, tar_rows
 from xformer.errors import CorpusError
 
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
 MAX_JSON_BYTES = 4 << 30
-
-
-@dataclass(frozen=True)
-class Row:
-    """One image of a corpus. `split` is "" where the corpus has none of its own."""
-
-    id: str
-    location: str  # relative to the corpus's image root
-    captions: tuple[str, ...]
-    split: str = ""
+MAX_IMAGE_BYTES = 1 << 30
+IN_TAR = re.compile(r"(.+\.tar):(\d+)\+(\d+)")
+TABLES = (".csv", ".tsv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -28,39 +25,73 @@ class Corpus:
 
     kind: str
     root: Path
+    source: Path
     identity: str  # sha256 of what decides the rows: caption files or file names
     rows: Callable[[], Iterator[Row]]
 
 
-def image_id(name: str) -> str:
-    """COCO-style names carry their integer image id (COCO_val2014_000000000042.jpg -> 42); others are their own id."""
-    stem = Path(name).stem
-    digits = stem.rpartition("_")[2]
-    return str(int(digits)) if len(digits) == 12 and digits.isascii() and digits.isdigit() else name
+def read_image(root: Path, location: str) -> bytes:
+    """The bytes of one image: a file below `root`, or a member of a tar there. Raises OSError."""
+    if match := IN_TAR.fullmatch(location):
+        file, offset, size = root / match[1], int(match[2]), int(match[3])
+    else:
+        file, offset, size = root / location, 0, -1
+        size = file.stat().st_size
+    if size > MAX_IMAGE_BYTES:
+        raise OSError(errno.EFBIG, f"{size} bytes are more than an image may have")
+    return tars.read(file, offset, size)
 
 
 def open_corpus(source: Path, image_root: Path | None = None) -> Corpus:
     """Recognises a source by what it is.
 
     Args:
-        source: a shapes folder, a COCO caption JSON, or a folder of pictures.
-        image_root: where a caption file's pictures lie.
+        source: a shapes folder, a folder, file or glob of webdataset tars, a COCO caption JSON, Visual Genome's
+            region_descriptions.json, a CSV, TSV or Parquet of image path + caption, or a folder of pictures.
+        image_root: where the pictures of a caption file lie; left out, beside a CSV, TSV or Parquet.
 
     Raises: CorpusError, which says what is wrong with which path.
     """
+    if not source.exists() and glob.has_magic(source.name):
+        return _tars(source, source.parent, sorted(source.parent.glob(source.name)))
     if not source.exists():
         raise CorpusError(f"--corpus {source}: there is no such file or folder.")
     if source.is_dir() and (source / "shapes.json").is_file():
         return _shapes(source)
+    if source.is_dir() and (found := sorted(source.rglob("*.tar"))):
+        return _tars(source, source, found)
     if source.is_dir():
         return _folder(source)
-    if source.suffix.lower() == ".json":
+    kind = source.suffix.lower()
+    if kind == ".tar":
+        return _tars(source, source.parent, [source])
+    if kind in TABLES and image_root is None:
+        image_root = source.parent
+    if kind in (".json", *TABLES):
         if image_root is None:
             raise CorpusError(f"--corpus {source}: a caption file needs --images with the folder of its pictures.")
         if not image_root.is_dir():
             raise CorpusError(f"--images {image_root}: there is no such folder.")
-        return _coco(source, image_root)
-    raise CorpusError(f"--corpus {source}: neither a shapes folder, a COCO caption JSON, nor a folder of pictures.")
+        root = image_root
+        if kind in TABLES:
+            return Corpus("table", root, source, _sha256(source), lambda: table_rows(source))
+        with source.open("rb") as stream:
+            is_list = stream.read(64).removeprefix(b"\xef\xbb\xbf").lstrip()[:1] == b"["
+        if is_list:
+            return Corpus("visual genome", root, source, _sha256(source), lambda: genome_rows(source, root))
+        return _coco(source, root)
+    raise CorpusError(
+        f"--corpus {source}: neither a shapes folder, tars, a COCO or Visual Genome JSON, a CSV, TSV or Parquet, nor a "
+        "folder of pictures."
+    )
+
+
+def _tars(source: Path, root: Path, files: list[Path]) -> Corpus:
+    files = [file for file in files if file.suffix.lower() == ".tar"]
+    if not files:
+        raise CorpusError(f"--corpus {source}: no tar of this name.")
+    names = "\n".join(f"{f.relative_to(root).as_posix()} {f.stat().st_size}" for f in files)
+    return Corpus("tars", root, source, hashlib.sha256(names.encode()).hexdigest(), lambda: tar_rows(root, files))
 
 
 def _sha256(*files: Path) -> str:
@@ -90,21 +121,13 @@ def _read_coco(file: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
     return names, captions
 
 
-def _inside(location: str, where: Path) -> str:
-    """A location that stays below its root. Raises CorpusError for absolute paths and `..`."""
-    path = Path(location)
-    if path.is_absolute() or ".." in path.parts or "\0" in location or not path.parts:
-        raise CorpusError(f"{where}: the file name {location!r} leads out of the picture folder.")
-    return path.as_posix()
-
-
 def _coco(file: Path, root: Path) -> Corpus:
     def rows() -> Iterator[Row]:
         names, captions = _read_coco(file)
         for key in sorted(names):
-            yield Row(str(key), _inside(names[key], file), tuple(captions[key]))
+            yield Row(str(key), inside(names[key], file), tuple(captions[key]))
 
-    return Corpus("coco", root, _sha256(file), rows)
+    return Corpus("coco", root, file, _sha256(file), rows)
 
 
 def _folder(root: Path) -> Corpus:
@@ -116,7 +139,7 @@ def _folder(root: Path) -> Corpus:
         for name in names:
             yield Row(image_id(name), name, ())
 
-    return Corpus("folder", root, hashlib.sha256("\n".join(names).encode()).hexdigest(), rows)
+    return Corpus("folder", root, root, hashlib.sha256("\n".join(names).encode()).hexdigest(), rows)
 
 
 def _shapes(root: Path) -> Corpus:
@@ -129,6 +152,6 @@ def _shapes(root: Path) -> Corpus:
         for split, file in files.items():
             names, captions = _read_coco(file)
             for key in sorted(names):
-                yield Row(str(key), f"{split}/images/{_inside(names[key], file)}", tuple(captions[key]), split)
+                yield Row(str(key), f"{split}/images/{inside(names[key], file)}", tuple(captions[key]), split)
 
-    return Corpus("shapes", root, _sha256(*files.values()), rows)
+    return Corpus("shapes", root, root, _sha256(*files.values()), rows)

@@ -3,159 +3,77 @@
 One task = one whole shard of every array that is still missing there. Rerunning does only what is missing.
 """
 
-import hashlib
 import shutil
 import time
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from pipeline import images, masks, store
-from pipeline.corpora import Corpus
+from pipeline import cluster, encode, fidelity, images, masks, provenance, store, upkeep
+from pipeline.corpora import Corpus, open_corpus
 from pipeline.index import Index
 from pipeline.plan import write_index
 from xformer.console import progress, say
-from xformer.errors import CorpusError, StoreError
-from xformer.settings import Settings
-
-FP16_MAX = float(np.finfo(np.float16).max)
+from xformer.errors import CorpusError, SettingsError, StoreError
+from xformer.settings import Settings, settings_from
 
 
-@cache
-def _encoder(kind: str, settings_json: str, gpus: bool, worker: int) -> Any:
-    """One encoder per worker process, loaded once."""
-    from pipeline.encoders import ClipEncoder, MaeEncoder, pick_device
+def declare(path: Path, index: Index, kind: str, settings: Settings, whole: bool, root: Path, force: bool) -> list[str]:
+    """Declares the arrays of one encoder; returns their names.
 
-    settings = Settings.model_validate_json(settings_json)
-    device = pick_device(gpus, worker)
+    Raises: StoreError where they exist and differ, or where int8 loses more than store.int8_max_rmse without `force`.
+    """
+    model, views, mae = encode.encoder(kind, settings.model_dump_json()), settings.store.views, settings.mae
+    usages: dict[str, dict] = {}
     if kind == "clip":
-        return ClipEncoder(settings.clip, settings.image_size, device)
-    return MaeEncoder(settings.mae, settings.image_size, device)
-
-
-def declare(path: Path, index: Index, kind: str, settings: Settings, whole: bool) -> list[str]:
-    """Declares the arrays of one encoder; returns their names. Raises StoreError where they exist and differ."""
-    encoder, names = _encoder(kind, settings.model_dump_json(), False, 0), []
-    view = {"view": 0, "crop": "resize"}
-    if kind == "clip":
-        for layer in settings.clip.layers:
-            name = f"clip/{layer}/tokens"
-            shape = (encoder.tokens, settings.clip.width)
-            store.create_array(path, name, index, shape, "float16", encoder.layer_identity(layer), view)
-            names.append(name)
-        return names
-    side, mae = settings.image_size, settings.mae
-    ratio = 0.0 if whole else mae.mask_ratio
-    draws: dict[str, int | None] = {f"mae/draw-{d}": d for d in range(mae.draws)} if ratio else {"mae/full": None}
-    for prefix, draw in draws.items():
-        usage = view | {"mask_ratio": ratio, "draw": draw, "mask_seed": mae.mask_seed if draw is not None else None}
-        tokens = 1 + masks.kept_count(encoder.patches, ratio)
-        store.create_array(path, f"{prefix}/tokens", index, (tokens, mae.width), "float16", encoder.identity, usage)
-        names.append(f"{prefix}/tokens")
-        if draw is not None:
-            bits = (-(-encoder.patches // 8),)
-            store.create_array(path, f"{prefix}/kept", index, bits, "uint8", encoder.identity, usage)
-            names.append(f"{prefix}/kept")
-    pixel_identity = {"schema": 1, "encoder": "pixels", "image_size": side}
-    store.create_array(path, "pixels/view-0", index, (3, side, side), "uint8", pixel_identity, view)
-    return [*names, "pixels/view-0"]
-
-
-def encode_shard(
-    path: str,
-    shard: int,
-    names: list[str],
-    kind: str,
-    settings_json: str,
-    root: str,
-    threads: int,
-    gpus: bool,
-    worker: int,
-) -> dict[str, Any]:
-    """Encodes and commits one shard; runs in a worker. Returns its number, rows, dead letters and seconds."""
-    import torch
-
-    if threads:
-        torch.set_num_threads(threads)
-    settings = Settings.model_validate_json(settings_json)
-    encoder, index, where = _encoder(kind, settings_json, gpus, worker), Index(Path(path) / "index"), Path(path)
-    started = time.perf_counter()
-    records = index.shard(shard)
-    start, _ = index.bounds(shard)
-    side = settings.image_size
-    pixels = np.zeros((len(records), 3, side, side), np.uint8)
-    dead: dict[int, str] = {}
-    for i, record in enumerate(records):
-        if record["status"] == "dead":
-            dead[i] = record["reason"]
-            continue
-        try:
-            content = (Path(root) / record["location"]).read_bytes()
-            if hashlib.sha256(content).digest() != record["sha256"]:
-                raise images.BadImage("the file has changed since the store was planned")
-            pixels[i] = images.evaluation_view(images.decode(content, settings.corpus.max_image_pixels), side)
-        except (images.BadImage, OSError) as error:
-            dead[i] = str(error)
-    alive = np.array([i for i in range(len(records)) if i not in dead], np.int64)
-    ids = [record["id"] for record in records]
-    blocks = _encode(encoder, kind, settings, pixels, alive, ids, names)
-    for name, block in blocks.items():  # NaN or fp16 overflow: a dead letter, before the commit
-        if block.dtype.kind == "f":
-            flat = block.reshape(len(block), -1)
-            for i in alive:
-                if i not in dead and not (np.abs(flat[i]) <= FP16_MAX).all():
-                    dead[int(i)] = f"{name}: a feature is NaN or beyond fp16"
-    seconds = (time.perf_counter() - started) / max(1, len(blocks))
-    letters = [
-        {"row": start + i, "id": ids[i], "source": records[i]["source"], "reason": dead[i]} for i in sorted(dead)
-    ]
-    for name, block in blocks.items():
-        is_float = block.dtype.kind == "f"
-        for i in dead:
-            block[i] = np.nan if is_float else 0
-        final = block.astype(np.float16) if is_float else block
-        store.write_shard(where, name, index, shard, final, ids, letters, seconds)
-    return {"shard": shard, "rows": len(records), "dead": letters, "seconds": time.perf_counter() - started}
-
-
-def _encode(encoder, kind: str, settings: Settings, pixels, alive, ids: list[str], names: list[str]) -> dict:
-    """Every wanted array's block, float32 or uint8 [rows, ...]; rows that are not alive hold the fill value."""
-    rows, blocks = len(pixels), {}
-    if "pixels/view-0" in names:
-        blocks["pixels/view-0"] = pixels
-    if kind == "clip":
-        layers = [int(name.split("/")[1]) for name in names]
-        for chosen in _batches(alive, settings.clip.batch):
-            for layer, tokens in encoder.encode(pixels[chosen], layers).items():
-                name = f"clip/{layer}/tokens"
-                if name not in blocks:
-                    blocks[name] = np.full((rows, *tokens.shape[1:]), np.nan, np.float32)
-                blocks[name][chosen] = tokens
-        shape = (encoder.tokens, settings.clip.width)
-        return {n: blocks.get(n, np.full((rows, *shape), np.nan, np.float32)) for n in names}
-    mae = settings.mae
-    for prefix in sorted({name.rpartition("/")[0] for name in names if name.startswith("mae/")}):
-        draw = None if prefix == "mae/full" else int(prefix.rpartition("-")[2])
-        count = encoder.patches if draw is None else masks.kept_count(encoder.patches, mae.mask_ratio)
-        kept = np.tile(np.arange(count), (rows, 1))
-        if draw is not None:
-            kept = np.stack(
-                [masks.kept_patches(mae.mask_seed, draw, key, encoder.patches, mae.mask_ratio) for key in ids]
+        for view in range(views):
+            for layer in settings.clip.layers:
+                usages[f"clip/{layer}/{f'view-{view}/' if view else ''}tokens"] = _view(view, settings)
+        rows, width = model.tokens, settings.clip.width
+    else:
+        ratio = 0.0 if whole else mae.mask_ratio
+        draws: dict[str, int | None] = {f"mae/draw-{d}": d for d in range(mae.draws)} if ratio else {"mae/full": None}
+        if ratio and mae.draws % views:
+            raise SettingsError(
+                f"store.views {views} must divide mae.draws {mae.draws}: draw d is made on view d mod views."
             )
-            blocks[f"{prefix}/kept"] = np.stack([masks.pack(k, encoder.patches) for k in kept])
-        tokens = np.full((rows, 1 + count, mae.width), np.nan, np.float32)
-        for chosen in _batches(alive, mae.batch):
-            tokens[chosen] = encoder.encode(pixels[chosen], kept[chosen])
-        blocks[f"{prefix}/tokens"] = tokens
-    return {name: blocks[name] for name in names}
+        for prefix, draw in draws.items():
+            seed = mae.mask_seed if draw is not None else None
+            used = {"mask_ratio": ratio, "draw": draw, "mask_seed": seed}
+            usages[f"{prefix}/tokens"] = _view((draw or 0) % views, settings) | used
+        rows, width = 1 + masks.kept_count(model.patches, ratio), mae.width
+    new = [name for name in usages if not (path / name / "zarr.json").is_file()]
+    scales = fidelity.calibrate(index, new, settings, root, force) if settings.store.dtype == "int8" and new else {}
+    names = []
+    for name, usage in usages.items():
+        identity = model.layer_identity(int(name.split("/")[1])) if kind == "clip" else model.identity
+        if settings.store.dtype == "int8":
+            identity = identity | {"quantiser": "int8 * token * channel"}
+            beside = f"{name.rpartition('/')[0]}/scale"
+            store.create_array(path, beside, index, (rows,), "float16", identity, usage)
+            more = {"channel_scale": [float(v) for v in scales[name]]} if name in scales else {}
+            store.create_array(path, name, index, (rows, width), "int8", identity, usage, more)
+            names += [name, beside]
+        else:
+            store.create_array(path, name, index, (rows, width), "float16", identity, usage)
+            names.append(name)
+        if kind == "mae" and usage["draw"] is not None:
+            kept, bits = f"{name.rpartition('/')[0]}/kept", (-(-model.patches // 8),)
+            store.create_array(path, kept, index, bits, "uint8", model.identity, usage)
+            names.append(kept)
+    if kind == "mae":
+        side = settings.image_size
+        for view in range(views):
+            pixel_identity = {"schema": 1, "encoder": "pixels", "image_size": side}
+            usage = _view(view, settings)
+            store.create_array(path, f"pixels/view-{view}", index, (3, side, side), "uint8", pixel_identity, usage)
+            names.append(f"pixels/view-{view}")
+    return names
 
 
-def _batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+def _view(view: int, settings: Settings) -> dict:
+    if view == 0:
+        return {"view": 0, "crop": "resize"}
+    return {"view": view, "crop": images.CROP, "view_seed": settings.store.view_seed}
 
 
 def plan_index(path: Path, corpus: Corpus, settings: Settings, limit: int | None) -> Index:
@@ -190,6 +108,7 @@ def extract(
     scheduler: str | None = None,
     gpus: bool = False,
     in_process: bool = False,
+    force: bool = False,
 ) -> dict[str, Any]:
     """Fills `path` with the features of a corpus. Returns what was done.
 
@@ -206,31 +125,46 @@ def extract(
         index = plan_index(path, corpus, settings, limit)
         planned_dead = index.description["dead"]
         _check_dead(planned_dead, index.count, settings)
+        declared = {kind: declare(path, index, kind, settings, whole, corpus.root, force) for kind in kinds}
+        names = [name for kind in kinds for name in declared[kind]]
+        done = {name: store.committed(path, name) for name in names}
+        known: dict[int, dict[int, dict]] = {}
+        for records in done.values():
+            for shard, record in records.items():
+                known.setdefault(shard, {}).update({letter["row"]: letter for letter in record["dead"]})
+        todo: cluster.Todo = {}
+        for shard in range(index.shards):
+            if missing := [n for n in names if shard not in done[n]]:
+                todo[shard] = missing, list(known.get(shard, {}).values())
+        del done, known
         for kind in kinds:
-            names = declare(path, index, kind, settings, whole)
-            done = {name: set(store.committed(path, name)) for name in names}
-            todo = {s: [n for n in names if s not in done[n]] for s in range(index.shards)}
-            todo = {s: missing for s, missing in todo.items() if missing}
-            skipped = index.shards - len(todo)
-            if skipped:
-                say(f"{kind}: {skipped} of {index.shards} shards are committed already")
-            args = (kind, settings.model_dump_json(), str(corpus.root.resolve()))
-            dead: dict[int, dict] = {}
-            began = time.perf_counter()
-            rows = sum(index.bounds(s)[1] - index.bounds(s)[0] for s in todo)
-            with progress(f"extract {kind}", rows, "images") as bar:
-                run = _run_here if in_process else _run_on_dask
-                for result in run(str(path), todo, args, workers or settings.store.workers, scheduler, gpus):
-                    dead |= {letter["row"]: letter for letter in result["dead"]}
-                    _check_dead(len(dead), index.count, settings)
-                    bar.advance(result["rows"], note=f"{len(dead)} dead letters" if dead else "")
-            seconds = time.perf_counter() - began
+            provenance.record(path, kind, corpus, settings, declared[kind])
+        skipped = index.shards - len(todo)
+        if skipped:
+            say(f"{' + '.join(kinds)}: {skipped} of {index.shards} shards are committed already")
+        dead: dict[int, dict] = {}
+        began = time.perf_counter()
+        rows = sum(index.bounds(s)[1] - index.bounds(s)[0] for s in todo)
+        forward = 0.0
+        with progress(f"extract {' + '.join(kinds)}", rows, "images") as bar:
+            job = cluster.Job(str(path.resolve()), settings.model_dump_json(), str(corpus.root.resolve()), gpus)
+            run = cluster.run_here if in_process else cluster.run_on_dask
+            for result in run(job, todo, workers or settings.store.workers, scheduler):
+                dead |= {letter["row"]: letter for letter in result["dead"]}
+                _check_dead(len(dead), index.count, settings)
+                forward += result["forward"]
+                bar.advance(result["rows"], note=f"{len(dead)} dead letters" if dead else "")
+        seconds = time.perf_counter() - began
+        for kind in kinds:
+            missing = sum(1 for left, _ in todo.values() if set(left) & set(declared[kind]))
             report["encoders"][kind] = {
-                "images": rows,
+                "images": rows if missing else 0,
                 "seconds": round(seconds, 2),
-                "arrays": names,
-                "shards done before": skipped,
+                "forward_seconds": round(forward, 2),
+                "arrays": declared[kind],
+                "shards done before": index.shards - missing,
             }
+        upkeep.seal(path)
         description = store.describe(path)
     report |= {key: description[key] for key in ("images", "captions", "train", "val", "dead")}
     report["bytes"] = sum(array["bytes"] for array in description["arrays"].values())
@@ -246,49 +180,21 @@ def _check_dead(dead: int, planned: int, settings: Settings) -> None:
         )
 
 
-def _run_here(path: str, todo: dict, args: tuple, workers: int, scheduler: str | None, gpus: bool) -> Iterator[dict]:
-    kind, settings_json, root = args
-    for shard, names in todo.items():
-        yield encode_shard(path, shard, names, kind, settings_json, root, 0, gpus, 0)
+def extract_again(path: Path, kinds: list[str] | None = None) -> int:
+    """Fills what is missing in a store, with the settings and images of its own last extractions.
 
-
-def _run_on_dask(path: str, todo: dict, args: tuple, workers: int, scheduler: str | None, gpus: bool) -> Iterator[dict]:
-    """Keeps a bounded window of shards in flight, so memory does not grow with the corpus."""
-    if not todo:
-        return
-    import logging
-    import os
-
-    import dask
-    from distributed import Client, LocalCluster, as_completed
-
-    dask.config.set({"distributed.comm.timeouts.connect": "10s", "distributed.scheduler.allowed-failures": 3})
-    kind, settings_json, root = args
-    absolute = str(Path(path).resolve())
-    workers = min(workers, len(todo))
-    cluster = None
-    if scheduler is None:
-        cluster = LocalCluster(
-            n_workers=workers, threads_per_worker=1, host="127.0.0.1", dashboard_address=None,  # type: ignore[arg-type]
-            silence_logs=logging.ERROR, memory_limit=0,
-        )  # fmt: skip
-    threads = 0 if scheduler else max(1, (os.cpu_count() or 1) // workers)
-    try:
-        with Client(cluster or scheduler, timeout=10) as client:
-            width = max(workers, len(client.scheduler_info(n_workers=-1)["workers"])) * 2
-            waiting = iter(enumerate(todo.items()))
-
-            def submit(item: tuple[int, tuple[int, list[str]]]):
-                number, (shard, names) = item
-                return client.submit(
-                    encode_shard, absolute, shard, names, kind, settings_json, root, threads, gpus, number, pure=False
-                )
-
-            window = as_completed([submit(item) for _, item in zip(range(width), waiting, strict=False)])
-            for future in window:
-                yield future.result()
-                if (item := next(waiting, None)) is not None:
-                    window.add(submit(item))
-    finally:
-        if cluster is not None:
-            cluster.close(timeout=5)
+    Returns the number of dead letters. Raises StoreError where the store does not say how it was made.
+    """
+    made = provenance.read(path)
+    for kind in made if kinds is None else kinds:
+        if kind not in made:
+            raise StoreError(
+                f"{path} does not say how its {kind} features were made; run the extraction again yourself."
+            )
+        source, root = Path(made[kind]["source"]), Path(made[kind]["images"])
+        settings = settings_from(made[kind]["settings"], str(path))
+        whole = any(name.startswith("mae/full/") for name in made[kind]["arrays"])
+        limit = Index(path / "index").description["corpus"]["limit"]
+        corpus = open_corpus(source, None if source.is_dir() or source.suffix == ".tar" else root)
+        extract(corpus, path, [kind], settings, limit, whole, in_process=True, force=True)
+    return len(store.describe(path)["dead"])

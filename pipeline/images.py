@@ -1,6 +1,8 @@
 """From image bytes to pixels: a defined conversion for every mode, and the views that both encoders share."""
 
+import hashlib
 import io
+import math
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -55,6 +57,35 @@ def evaluation_view(image: Image.Image, side: int) -> np.ndarray:
     """
     resized = image if image.size == (side, side) else image.resize((side, side), Image.Resampling.BICUBIC)
     return np.ascontiguousarray(np.asarray(resized, np.uint8).transpose(2, 0, 1))
+
+
+CROP = "RandomResizedCrop(scale 0.5-1, ratio 3/4-4/3, bicubic) + flip, philox4x64/sha256(seed,view,id)"
+
+
+def view(image: Image.Image, side: int, number: int, seed: int, sample_id: str) -> np.ndarray:
+    """View 0 is the evaluation view; view v > 0 a random resized crop and flip, a pure function of (seed, v, id).
+
+    Returns uint8 [3, side, side]. Source: LAVIS BlipImageTrainProcessor; the box as torchvision's RandomResizedCrop.
+    """
+    if number == 0:
+        return evaluation_view(image, side)
+    digest = hashlib.sha256(f"view/{seed}/{number}/{sample_id}".encode()).digest()
+    draw = np.random.Generator(np.random.Philox(key=np.frombuffer(digest[:16], "<u8")))
+    width, height = image.size
+    box = (0.0, 0.0, float(width), float(height))
+    for _ in range(10):
+        area = width * height * draw.uniform(0.5, 1.0)
+        ratio = math.exp(draw.uniform(math.log(3 / 4), math.log(4 / 3)))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, top = int(draw.integers(0, width - w + 1)), int(draw.integers(0, height - h + 1))
+            box = (left, top, left + w, top + h)
+            break
+    resized = image.resize((side, side), Image.Resampling.BICUBIC, box=box)
+    pixels = np.asarray(resized, np.uint8)
+    if draw.random() < 0.5:
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1))
 
 
 def normalise(pixels: np.ndarray, mean: tuple[float, float, float], std: tuple[float, float, float]) -> np.ndarray:

@@ -13,7 +13,8 @@ import pyarrow.ipc
 import pyarrow.parquet as pq
 import zarr
 
-from pipeline.corpora import Corpus, Row
+from pipeline.captioned import Row
+from pipeline.corpora import Corpus, read_image
 from pipeline.index import CAPTIONS, ROWS
 from xformer import publish
 from xformer.errors import CorpusError
@@ -128,10 +129,9 @@ def _publish_hashes(folder: Path, count: int, corpus: dict) -> None:
 
 
 def _plan(row: Row, number: int, corpus: Corpus, val_fraction: float) -> tuple[dict, list[dict]]:
-    path = corpus.root / row.location
     reason, content = "", b""
     try:
-        content = path.read_bytes()
+        content = read_image(corpus.root, row.location)
         reason = "" if content else "the file is empty"
     except OSError as error:
         reason = f"cannot be read: {error.strerror}"

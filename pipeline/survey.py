@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import images
-from pipeline.corpora import open_corpus
+from pipeline.corpora import open_corpus, read_image
 from xformer import publish
 from xformer.console import progress, say, table
 from xformer.errors import CorpusError
@@ -24,7 +24,7 @@ def survey(source: Path, image_root: Path | None, max_pixels: int, json_file: Pa
             counts["captions"] += len(row.captions)
             counts[f"split {row.split or 'by hash'}"] += 1
             try:
-                images.decode((corpus.root / row.location).read_bytes(), max_pixels)
+                images.decode(read_image(corpus.root, row.location), max_pixels)
             except (images.BadImage, OSError) as error:
                 dead.append({"id": row.id, "location": row.location, "reason": str(error)})
             bar.advance()

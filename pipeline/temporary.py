@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeline.corpora import Corpus, Row, image_id, open_corpus
+from pipeline.captioned import Row, image_id
+from pipeline.corpora import Corpus, open_corpus
 from pipeline.extract import extract
 from xformer.checkpoint import newest
 from xformer.errors import CorpusError
@@ -51,7 +52,7 @@ def picture_store(pictures: list[Path], run: Path, overrides: list[str] | None =
         for key, place in zip(ids, absolute, strict=True):
             yield Row(key, place.relative_to(root).as_posix(), ())
 
-    return _encode(Corpus("pictures", root, "", rows), run, ["corpus.max_dead_fraction=1.0", *(overrides or [])])
+    return _encode(Corpus("pictures", root, root, "", rows), run, ["corpus.max_dead_fraction=1.0", *(overrides or [])])
 
 
 def model_config(folder: Path) -> dict[str, Any]:

@@ -45,7 +45,8 @@ class Cache:
         self.clip = self._open(f"clip/{layer}/tokens")
         self.mae: list[FeatureArray] = []
         self.kept: list[FeatureArray] = []
-        self.pixels: FeatureArray | None = None
+        self.clips: dict[int, FeatureArray] = {0: self.clip}  # by view
+        self.pixels: dict[int, FeatureArray] = {}
         if self.clip.shape[-1] != settings.clip.width:
             raise StoreError(
                 f"{path}: clip tokens are {self.clip.shape[-1]} wide, the settings say {settings.clip.width}."
@@ -54,10 +55,12 @@ class Cache:
         if self.local == "mae":
             self._open_mae(path, settings.mae, mask_ratio(settings, model, phase))
             if pixels and self.kept:
-                self.pixels = self._open("pixels/view-0")
+                self.pixels = {view: self._open(f"pixels/view-{view}") for view in set(self.views)}
+            for view in set(self.views) - {0}:
+                self.clips[view] = self._open(f"clip/{layer}/view-{view}/tokens")
         elif self.local == "clip":
             self.mae = [self._open(f"clip/{settings.local.layer}/tokens")]
-        arrays = [self.clip, *self.mae, *self.kept, *([self.pixels] if self.pixels else [])]
+        arrays = [*self.clips.values(), *self.mae, *self.kept, *self.pixels.values()]
         self.dead = {row for array in arrays for row in array.dead}
         self.patches = (settings.image_size // settings.mae.patch) ** 2
 
@@ -86,6 +89,11 @@ class Cache:
             raise StoreError(f"{path}: mae tokens are {self.mae[0].shape[-1]} wide, the settings say {mae.width}.")
 
     @property
+    def views(self) -> list[int]:
+        """The augmentation view that each draw was made on; CLIP tokens and pixels of a draw are of the same view."""
+        return [array.attributes["usage"]["view"] for array in self.mae]
+
+    @property
     def draws(self) -> int:
         """K: epoch e reads draw e mod K. 0 where no local tokens are read, 1 where they do not depend on a mask."""
         return len(self.mae)
@@ -102,8 +110,9 @@ class Cache:
         kept = None
         if self.kept:
             kept = np.unpackbits(self.kept[draw].read(rows), axis=-1, count=self.patches).astype(bool)
-        pixels = self.pixels.read(rows) if self.pixels else None
-        return Features(self.clip.read(rows), mae, kept, pixels)
+        view = self.views[draw] if self.mae else 0
+        pixels = self.pixels[view].read(rows) if self.pixels else None
+        return Features(self.clips[view].read(rows), mae, kept, pixels)
 
 
 class Pairs:

@@ -66,6 +66,10 @@ class Mae(Section):
 class Store(Section):
     shard_rows: Count
     workers: Count
+    views: Count
+    view_seed: Whole
+    dtype: Literal["fp16", "int8"]
+    int8_max_rmse: Share
 
 
 class QFormerSettings(Section):

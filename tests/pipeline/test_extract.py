@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import images, masks, store
+from pipeline import images, masks, store, upkeep
 from pipeline.corpora import open_corpus
 from pipeline.extract import extract
-from xformer.errors import CorpusError, StoreError
+from xformer.errors import CorpusError, SettingsError, StoreError
 from xformer.settings import Settings, load_settings
 
 
@@ -197,4 +197,46 @@ def test_killed_and_run_again_the_bytes_are_those_of_an_uninterrupted_run(
             time.sleep(0.002)
         child.wait()
     extract(open_corpus(corpus), path, ["clip"], settings, in_process=True)
-    assert store.verify(path) == [] and shards(path) == shards(whole)
+    assert upkeep.verify(path) == [] and shards(path) == shards(whole)
+
+
+def test_one_pass_gives_the_bytes_of_one_pass_for_each(corpus: Path, tmp_path: Path) -> None:
+    wanted = ["store.shard_rows=32", "mae.draws=2", "store.views=2", "clip.layers=[5,4]"]
+    settings, source = load_settings(overrides=wanted), open_corpus(corpus)
+    extract(source, tmp_path / "one.zarr", ["clip", "mae"], settings, limit=40, in_process=True)
+    for kind in ("mae", "clip"):
+        extract(source, tmp_path / "two.zarr", [kind], settings, limit=40, in_process=True)
+    assert shards(tmp_path / "one.zarr") == shards(tmp_path / "two.zarr")
+    assert {n for n in store.array_names(tmp_path / "one.zarr") if n.startswith(("clip", "pixels"))} == {
+        "clip/4/tokens", "clip/4/view-1/tokens", "clip/5/tokens", "clip/5/view-1/tokens", "pixels/view-0", "pixels/view-1",
+    }  # fmt: skip
+
+
+def test_each_image_is_decoded_once(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, calls = images.decode, []
+    monkeypatch.setattr(images, "decode", lambda *given: (calls.append(1), original(*given))[1])
+    settings = load_settings(overrides=["store.shard_rows=16", "mae.draws=4", "store.views=2", "clip.layers=[4,5]"])
+    extract(open_corpus(corpus), tmp_path / "s.zarr", ["clip", "mae"], settings, limit=40, in_process=True)
+    assert len(calls) == 40
+
+
+def test_draws_clip_and_pixels_of_one_epoch_share_a_view(corpus: Path, tmp_path: Path) -> None:
+    from xformer.data import Cache
+
+    settings = load_settings(overrides=["store.shard_rows=16", "mae.draws=4", "store.views=2"])
+    extract(open_corpus(corpus), tmp_path / "s.zarr", ["clip", "mae"], settings, limit=20, in_process=True)
+    cache = Cache(tmp_path / "s.zarr", settings, "xformer", pixels=True)
+    assert cache.views == [0, 1, 0, 1]
+    rows, opened = np.arange(5), store.FeatureStore(tmp_path / "s.zarr")
+    for draw, view in enumerate(cache.views):
+        found = cache.read(rows, draw)
+        name = "clip/5/view-1/tokens" if view else "clip/5/tokens"
+        np.testing.assert_array_equal(found.clip, opened.complete(name).read(rows))
+        assert found.pixels is not None
+        np.testing.assert_array_equal(found.pixels, opened.complete(f"pixels/view-{view}").read(rows))
+    image = Image.open(corpus / "train/images/000000000001.png").convert("RGB")
+    np.testing.assert_array_equal(opened.complete("pixels/view-1").read([0])[0], images.view(image, 64, 1, 0, "1"))
+    assert not np.array_equal(images.view(image, 64, 1, 0, "1"), images.view(image, 64, 2, 0, "1"))
+    odd = load_settings(overrides=["mae.draws=3", "store.views=2"])
+    with pytest.raises(SettingsError, match="must divide mae.draws"):
+        extract(open_corpus(corpus), tmp_path / "t.zarr", ["mae"], odd, limit=20, in_process=True)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import zarr
 
-from pipeline import store
+from pipeline import commits, store, upkeep
 from pipeline.index import Index
 from xformer.errors import StoreError
 
@@ -52,12 +52,12 @@ def test_every_flipped_bit_is_found(features: Path, tmp_path: Path) -> None:
         bit = draw.randrange(len(content) * 8)
         damaged[bit // 8] ^= 1 << bit % 8
         shard(path).write_bytes(damaged)
-        assert len(store.verify(path)) == 1
+        assert len(upkeep.verify(path)) == 1
         array = store.FeatureStore(path).complete("clip/5/tokens")
         with pytest.raises(StoreError, match="damaged"):
             array.read(np.arange(32, 64))
     shard(path).write_bytes(content)
-    assert store.verify(path) == []
+    assert upkeep.verify(path) == []
 
 
 @pytest.mark.parametrize("part", [0, 0.01, 0.25, 0.5, 0.99])
@@ -88,7 +88,7 @@ def test_a_missing_shard_or_inner_chunk_gives_an_error(features: Path, tmp_path:
 
 def test_what_is_not_committed_is_not_read(features: Path, tmp_path: Path) -> None:
     path = copy(features, tmp_path)
-    store.commit_file(path, "clip/5/tokens", 2).unlink()
+    commits.withdraw(path, "clip/5/tokens", {2})
     opened = store.FeatureStore(path)
     with pytest.raises(StoreError, match="3 of 4 shards"):
         opened.complete("clip/5/tokens")
@@ -99,7 +99,7 @@ def test_what_is_not_committed_is_not_read(features: Path, tmp_path: Path) -> No
 def test_repair_withdraws_only_the_damaged_shard(features: Path, tmp_path: Path) -> None:
     path = copy(features, tmp_path)
     shard(path).write_bytes(b"x")
-    assert len(store.verify(path, repair=True)) == 1
+    assert len(upkeep.verify(path, repair=True)) == 1
     assert store.FeatureStore(path).array("clip/5/tokens").missing_shards == [1]
     assert store.FeatureStore(path).array("mae/draw-0/tokens").missing_shards == []
 
@@ -107,7 +107,7 @@ def test_repair_withdraws_only_the_damaged_shard(features: Path, tmp_path: Path)
 def test_wrong_blocks_are_refused_before_they_are_written(features: Path, tmp_path: Path) -> None:
     path = copy(features, tmp_path)
     index, name = Index(path / "index"), "clip/5/tokens"
-    store.commit_file(path, name, 0).unlink()
+    commits.withdraw(path, name, {0})
     before = shard(path, name, 0).read_bytes()
     ids = [str(i) for i in range(32)]
     good = np.zeros((32, 17, 96), np.float16)

@@ -1,5 +1,6 @@
 """Every system of the paper trains through both stages on one store, has its size, and reads what it says it reads."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -102,15 +103,19 @@ def test_evaluation_reads_whole_images_when_told_and_local_settings_must_agree(
     rich: Path, features: Path, stage1: Path, stage2: Path, corpus: Path, small: list[str], tmp_path: Path
 ) -> None:
     from pipeline.temporary import temporary_store
-    from xformer.evaluation.run import evaluate
+    from xformer.evaluation.run import Request, evaluate
+    from xformer.evaluation.suite import Files
 
     val = corpus / "val"
-    files = (val / "vqa_questions.json", val / "vqa_annotations.json")
+    files = Files(val / "vqa_questions.json", val / "vqa_annotations.json")
     quick = ["eval.beams=1", "eval.max_new_tokens=2", "eval.mask_ratio=0"]
-    report = evaluate("vqav2", stage2, rich, *files, None, tmp_path / "a", quick, limit=4, blind=False)
+    asked = Request(
+        "vqav2", tmp_path / "e", files, checkpoint=stage2, limit=4, blind=False, shuffled=False, overrides=quick
+    )
+    report = evaluate(asked, lambda *_: rich)
     assert report["mask_ratio"] == 0
     with pytest.raises(StoreError, match="mask-ratio 0"):
-        evaluate("vqav2", stage2, features, *files, None, tmp_path / "b", quick, limit=4, blind=False)
+        evaluate(replace(asked, out=tmp_path / "f"), lambda *_: features)
     assert (
         "mae/full/tokens"
         in Cache(

@@ -1,0 +1,80 @@
+"""The premise, before any comparison: what can be read linearly from the frozen tokens that the models are given.
+
+    python -m benchmarks.probe STORE SHAPES
+
+A ridge regression from each picture's tokens (their mean, their standard deviation, and all of them flattened) to facts
+of the scene that drew it; R2 on held-out pictures. The scenes are drawn again from the corpus's own seed.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import zarr
+
+from pipeline.index import Index
+from pipeline.shapes import COLOURS, KINDS, Scene, scenes
+
+
+def facts(scene: Scene) -> dict[str, list[float]]:
+    """Targets by name; a list is averaged."""
+    shapes = scene.shapes
+    return {
+        "objects in all": [len(shapes)],
+        "objects of each kind": [sum(s.kind == k for s in shapes) for k in KINDS],
+        "objects of each colour": [sum(s.colour == c for s in shapes) for c in COLOURS],
+        "kind present": [any(s.kind == k for s in shapes) for k in KINDS],
+        "kind and colour present": [any(s.kind == k and s.colour == c for s in shapes) for k in KINDS for c in COLOURS],
+        "centre of mass": [float(np.mean([s.x for s in shapes])), float(np.mean([s.y for s in shapes]))],
+    }
+
+
+def ridge(x: np.ndarray, y: np.ndarray, train: np.ndarray, ratios: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1)) -> float:
+    """Mean R2 over the columns of y on the rows not in `train`, at the best of a few penalties."""
+    mean, spread = x[train].mean(0), x[train].std(0) + 1e-6
+    x = (x - mean) / spread
+    y = y - y[train].mean(0)
+    values, vectors = np.linalg.eigh(x[train].T @ x[train])
+    right = vectors.T @ (x[train].T @ y[train])
+    best = -np.inf
+    for ratio in ratios:
+        weights = vectors @ (right / (values + ratio * len(x))[:, None])
+        rest = y[~train] - x[~train] @ weights
+        variance = y[~train].var(0)
+        kept = variance > 0
+        best = max(best, float(np.mean(1 - (rest**2).mean(0)[kept] / variance[kept])))
+    return best
+
+
+def main(store: Path, corpus: Path) -> dict[str, dict[str, float]]:
+    """Prints and returns R2 by array and fact."""
+    marker = json.loads((corpus / "shapes.json").read_text(encoding="utf-8"))
+    known = {
+        str(number): scene
+        for split in ("train", "val")
+        for number, scene, _ in scenes(split, marker[split], marker["seed"])
+    }
+    ids = Index(store / "index").column("id")["id"].to_pylist()
+    rows = [i for i, name in enumerate(ids) if name in known]
+    drawn = [facts(known[ids[i]]) for i in rows]
+    train = np.arange(len(rows)) % 5 != 0
+    root = zarr.open_group(store, mode="r")
+    found: dict[str, dict[str, float]] = {}
+    for name in sorted(path for path, node in root.members(None) if path.endswith("tokens")):
+        tokens = np.asarray(root[name], dtype=np.float32)[rows]  # type: ignore[arg-type]
+        views = {
+            "mean and deviation": np.concatenate([tokens.mean(1), tokens.std(1)], 1),
+            "all": tokens.reshape(len(rows), -1),
+        }
+        for view, x in views.items():
+            found[f"{name}, {view}"] = {
+                fact: round(ridge(x, np.array([d[fact] for d in drawn], dtype=np.float32), train), 3)
+                for fact in drawn[0]
+            }
+            print(f"{name}, {view}: {found[f'{name}, {view}']}", flush=True)
+    return found
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,82 @@
+"""`xformer store show`: a contact sheet of rows: the image as it was encoded, what the MAE saw, and what is cached."""
+
+from pathlib import Path
+
+import numpy as np
+
+from pipeline import masks
+from pipeline.reader import FeatureArray
+from pipeline.store import FeatureStore
+from pipeline.upkeep import rows_of
+from xformer.errors import StoreError
+
+
+def contact_sheet(path: Path, ids: list[str], count: int, out: Path) -> list[str]:
+    """Draws one line per row into a PNG: source picture, each draw's mask over it, and the norm of every cached token.
+
+    Args:
+        ids: image ids; left empty, `count` rows spread over the store.
+
+    Returns the ids that were drawn. Raises StoreError for unknown ids and rows that are not readable.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    opened = FeatureStore(path)
+    names = [n for n in opened.names() if n.endswith("/tokens")]
+    arrays = {n: opened.array(n) for n in names if not opened.array(n).missing_shards}
+    if not arrays:
+        raise StoreError(f"{path} has no finished array to show.")
+    dead = set().union(*(array.dead for array in arrays.values())) | {d["row"] for d in opened.index.dead()}
+    usable = np.array([row for row in range(opened.index.count) if row not in dead])
+    spread = np.linspace(0, len(usable) - 1, min(count, len(usable))).astype(int)
+    rows = rows_of(path, ids) if ids else usable[spread]
+    figure, axes = plt.subplots(
+        len(rows), 1 + len(arrays), figsize=(1.9 * (1 + len(arrays)), 2.1 * len(rows)), squeeze=False
+    )
+    shown = []
+    for line, row in zip(axes, rows, strict=True):
+        shard, inner = divmod(int(row), opened.index.shard_rows)
+        record = opened.index.shard(shard)[inner]
+        shown.append(record["id"])
+        pixels = _pixels(opened, 0, int(row))
+        line[0].set_title(f"row {row}, id {record['id']}"[:28], fontsize=7)
+        if pixels is not None:
+            line[0].imshow(pixels)
+        for axis, (name, array) in zip(line[1:], arrays.items(), strict=True):
+            _draw(axis, opened, name, array, int(row))
+            axis.set_title(name.removesuffix("/tokens"), fontsize=7)
+    for axis in axes.flat:
+        axis.axis("off")
+    figure.tight_layout()
+    out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(out, dpi=110)
+    plt.close(figure)
+    return shown
+
+
+def _pixels(opened: FeatureStore, view: int, row: int) -> np.ndarray | None:
+    name = f"pixels/view-{view}"
+    return opened.array(name).read([row])[0].transpose(1, 2, 0) if name in opened.names() else None
+
+
+def _draw(axis, opened: FeatureStore, name: str, array: FeatureArray, row: int) -> None:
+    """The token norms as a square map; for a mask draw the picture where it was visible, grey elsewhere."""
+    norms = np.linalg.norm(array.read([row])[0].astype(np.float32), axis=-1)[1:]  # without [CLS]
+    kept_name = f"{name.removesuffix('tokens')}kept"
+    if kept_name not in opened.names():
+        side = int(len(norms) ** 0.5)
+        axis.imshow(norms[: side * side].reshape(side, side), cmap="magma")
+        return
+    packed = opened.array(kept_name).read([row])[0]
+    patches = len(packed) * 8
+    side = int(patches**0.5)
+    kept = masks.unpack(packed, side * side).reshape(side, side)
+    pixels = _pixels(opened, array.attributes["usage"]["view"], row)
+    if pixels is None:
+        axis.imshow(kept, cmap="gray")
+        return
+    grown = np.kron(kept, np.ones((pixels.shape[0] // side, pixels.shape[0] // side), bool))
+    axis.imshow(np.where(grown[..., None], pixels, 128))

@@ -1,0 +1,90 @@
+"""What int8 costs, measured on a sample of the store's own images against the encoder's fp16 features."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline import encode, int8, provenance, store
+from pipeline.index import Index
+from xformer import publish
+from xformer.console import say, table
+from xformer.errors import StoreError
+from xformer.settings import Settings, settings_from
+
+SAMPLE = 64  # images
+
+
+def exact(
+    index: Index, shards: list[int], names: list[str], settings: Settings, root: Path, most: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The rows that could be encoded, int64 [n], and fp16 features [n, T, C] of each named array."""
+    found: dict[str, list[np.ndarray]] = {name: [] for name in names}
+    rows: list[int] = []
+    views = sorted({encode.view_of(name, settings.store.views) for name in names})
+    for shard in shards:
+        records, dead = index.shard(shard)[: most - len(rows)], {}
+        pixels = encode.decode(records, root, settings, views, dead, None, 0)
+        alive = np.array([i for i in range(len(records)) if i not in dead], np.int64)
+        ids = [record["id"] for record in records]
+        text = settings.model_dump_json()
+        blocks = dict(encode.encode(settings, text, pixels, alive, ids, names, False, 0, dead))
+        good = [i for i in range(len(records)) if i not in dead]
+        rows += [index.bounds(shard)[0] + i for i in good]
+        for name in names:
+            found[name].append(blocks[name][good])
+        if len(rows) >= most:
+            break
+    return np.array(rows, np.int64), {name: np.concatenate(parts) for name, parts in found.items()}
+
+
+def calibrate(index: Index, names: list[str], settings: Settings, root: Path, force: bool) -> dict[str, np.ndarray]:
+    """Channel scales of each array from the corpus's first images; refused where int8 would lose too much.
+
+    Half of the sample gives the scales, the other half is measured. Raises StoreError.
+    """
+    _, sample = exact(index, list(range(index.shards)), names, settings, root, SAMPLE)
+    scales = {}
+    for name, values in sample.items():
+        half = max(1, len(values) // 2)
+        scales[name] = int8.channel_scales(values[:half])
+        held = values[half:] if len(values) > half else values
+        measured = int8.fidelity(held, int8.dequantise(*int8.quantise(held, scales[name]), scales[name]))
+        _judge(name, measured, settings, force)
+    return scales
+
+
+def _judge(name: str, measured: dict[str, float], settings: Settings, force: bool) -> None:
+    limit = settings.store.int8_max_rmse
+    if measured["relative_rmse"] > limit:
+        text = f"{name}: int8 has a relative RMSE of {measured['relative_rmse']:.4f} on a sample, above {limit}"
+        if not force:
+            raise StoreError(f"{text} (store.int8_max_rmse); use --dtype fp16, or --force.")
+        say(f"{text}; forced")
+
+
+def report(path: Path, json_file: Path | None, sample: int = SAMPLE) -> dict[str, Any]:
+    """Encodes a sample of the store's images again and compares every int8 array with it.
+
+    Raises: StoreError where the store holds no int8 array, or its images are gone.
+    """
+    opened, found = store.FeatureStore(path), {}
+    for made in provenance.read(path).values():
+        settings = settings_from(made["settings"], str(path))
+        names = [n for n in made["arrays"] if n.endswith("/tokens") and opened.array(n).channels is not None]
+        if not names:
+            continue
+        shards = np.random.default_rng(0).permutation(opened.index.shards).tolist()
+        rows, values = exact(opened.index, shards, names, settings, Path(made["images"]), sample)
+        if not len(rows):
+            raise StoreError(f"{path}: none of its images can be read under {made['images']}.")
+        for name in names:
+            found[name] = int8.fidelity(values[name], opened.array(name).read(rows))
+    if not found:
+        raise StoreError(f"{path} holds no int8 features; make some with: xformer extract --dtype int8")
+    columns = ("relative_rmse", "cosine", "worst_token_relative_rmse", "worst_token_cosine")
+    header = ("array", "relative RMSE", "cosine", "worst token RMSE", "worst token cosine")
+    table(f"{path}: int8 against fp16", header, [(n, *(f"{m[c]:.5f}" for c in columns)) for n, m in found.items()])
+    if json_file:
+        publish.write_json(json_file, found)
+    return found

