@@ -1,10 +1,10 @@
-"""What a person sees: one table printer and one progress line, both quiet on request."""
+"""What a person sees: one table printer, one progress line, one view of a training run; all quiet on request."""
 
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 _quiet = False
@@ -89,3 +89,106 @@ def progress(title: str, total: int, unit: str) -> Iterator[Progress]:
         yield bar
     finally:
         bar.close()
+
+
+class RunView:
+    """A training run as a live table on a terminal (rich), elsewhere as plain lines, at most one in ten seconds."""
+
+    ROWS = 8  # latest lines of the log that stay on the screen
+
+    def __init__(self, title: str, steps: int) -> None:
+        from rich.console import Console
+
+        self.title, self.steps = title, steps
+        self.done, self.loss, self.left = 0, 0.0, None
+        self.lines: list[dict[str, Any]] = []
+        self.warnings: list[str] = []
+        self.console = Console(stderr=True)
+        self.live: Any = None
+        self.shown = -10.0
+
+    def start(self) -> None:
+        if self.console.is_terminal and not _quiet:
+            from rich.live import Live
+
+            self.live = Live(get_renderable=self.render, console=self.console, refresh_per_second=2)
+            self.live.start()
+
+    def stop(self) -> None:
+        if self.live is not None:
+            self.live.stop()
+
+    def step(self, done: int, loss: float) -> None:
+        self.done, self.loss = done, loss
+
+    def line(self, line: dict[str, Any]) -> None:
+        """A line of log.jsonl."""
+        if line["event"] == "alarm":
+            self.warnings.append(f"step {line['step']:,}: {line['says']}")
+        elif line["event"] in ("train", "validate"):
+            self.lines.append(line)
+            self.left = line.get("seconds_left", self.left)
+        else:
+            return
+        if self.live is None and not _quiet:
+            self._plain(line)
+
+    def _plain(self, line: dict[str, Any]) -> None:
+        now = time.monotonic()
+        if line["event"] == "alarm":
+            print(f"ALARM {self.warnings[-1]}", file=sys.stderr, flush=True)
+        elif line["event"] == "validate" or now - self.shown >= 10 or line["step"] == self.steps:
+            if line["event"] == "train":
+                self.shown = now
+            step, *cells = (f"{name} {text}" for name, text in _figures(line).items())
+            print(" | ".join([f"{self.title}{_WHAT[line['event']]} {step}/{self.steps:,}", *cells]),
+                  file=sys.stderr, flush=True)  # fmt: skip
+
+    def render(self) -> Any:
+        """The table, the line below it, and the alarms, as something that rich can draw."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        shown = self.lines[-self.ROWS :]
+        names = list(dict.fromkeys(name for line in shown if line["event"] == "train" for name in _figures(line)))
+        drawn = Table(title=self.title, title_justify="left")
+        for name in names or ["step"]:
+            drawn.add_column(name, justify="right", no_wrap=True)
+        for line in shown:
+            cells = _figures(line)
+            style = "cyan" if line["event"] == "validate" else None
+            drawn.add_row(*[cells.get(name, "") for name in names], style=style)
+        left = "?" if self.left is None else duration(self.left)
+        share = self.done / max(1, self.steps)
+        below = f"step {self.done:,}/{self.steps:,} ({share:.0%}) | loss {self.loss:.3f} | {left} left"
+        if any(line["event"] == "validate" for line in shown):
+            below += " | cyan: validation"
+        alarms = [Text(f"ALARM {text}", style="bold yellow") for text in self.warnings[-4:]]
+        return Group(drawn, Text(below), *alarms)
+
+
+_WHAT = {"train": "", "validate": " validation"}
+_SHORT = {
+    "reconstruction": "recon", "gradient_norm": "grad", "itm_accuracy": "itm acc", "lm_of_another_image": "lm, wrong image",
+}  # fmt: skip
+_UNSEEN = {"event", "epoch", "draw", "temperature", "itm_constant", "recall1_of"}  # of a line; log.jsonl has them
+
+
+def _figures(line: dict[str, Any]) -> dict[str, str]:
+    """A line of log.jsonl as the words and numbers of a screen, in order; step first, speed last."""
+    found = {"step": f"{line['step']:,}"} | ({"loss": ""} if "loss" in line else {})
+    for key, value in line.items():
+        if key == "lr":
+            found["lr"] = f"{value:.1e}"
+        elif key == "samples_per_second":
+            found["samples/s"] = f"{value:,.1f}"
+        elif key == "data_wait":
+            found["wait"] = f"{value:.0%}"
+        elif key == "memory_mib":
+            found["MiB"] = f"{value:,.0f}"
+        elif key == "seconds_left":
+            found["left"] = duration(value)
+        elif key not in _UNSEEN and key != "step":
+            found[_SHORT.get(key, key)] = f"{value:.3f}" if isinstance(value, float) else str(value)
+    return found

@@ -11,17 +11,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from xformer import checkpoint, publish
-from xformer.console import progress, say
+from xformer.alarms import Plan
+from xformer.console import say
 from xformer.data import Pairs, Schedule, generator, stream
 from xformer.errors import SettingsError, TrainingError
-from xformer.settings import Recipe
+from xformer.monitor import Monitor
+from xformer.settings import Recipe, Stage1, Stage2
+from xformer.trackers import refuse_missing
 
 Losses = Callable[[Any, list[str], int, torch.Generator], dict[str, Tensor]]
+Validate = Callable[[], tuple[dict[str, float], np.ndarray | None]]  # figures, and a picture uint8 [H, W, 3]
 TRACKED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 MAX_BAD_STEPS = 3
 
@@ -46,19 +51,19 @@ def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
 
 
 class Loop:
-    """One run in its folder: settings.json, log.jsonl, tensorboard/, checkpoints/, summary.json."""
+    """One run in its folder: settings.json, log.jsonl, tensorboard/, pictures/, checkpoints/, summary.json."""
 
     def __init__(
-        self, folder: Path, model: nn.Module, pairs: Pairs, recipe: Recipe, seed: int, described: dict, resume: bool
-    ) -> None:
+        self, folder: Path, model: nn.Module, pairs: Pairs, recipe: Stage1 | Stage2, seed: int, described: dict,
+        resume: bool,
+    ) -> None:  # fmt: skip
+        refuse_missing(recipe.trackers)
         if recipe.threads:
             torch.set_num_threads(recipe.threads)
         try:
             self.accelerator = Accelerator(
                 mixed_precision=TRACKED[recipe.precision],
                 gradient_accumulation_steps=recipe.accumulate,
-                log_with="tensorboard",
-                project_dir=str(folder),
                 cpu=not torch.cuda.is_available(),
             )
         except ValueError as error:
@@ -71,6 +76,7 @@ class Loop:
             )
         self.folder, self.pairs, self.recipe, self.described = folder, pairs, recipe, described
         self.seed, self.plain = seed, model
+        self.weights: dict[str, float] = dict(recipe.weights)
         self.schedule = Schedule(len(pairs), batch, recipe.epochs, recipe.max_steps, seed)
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model, recipe))
         self.start, self.history, self.seconds = 0, [], 0.0
@@ -98,29 +104,22 @@ class Loop:
         for name, value in values.items():
             self._measured.setdefault(name, []).append(float(value.detach()))
 
-    def run(self, losses_of: Losses, validate: Callable[[], dict[str, float]], draws: int) -> dict[str, Any]:
+    def run(self, losses_of: Losses, validate: Validate, draws: int) -> dict[str, Any]:
         """Trains to the end. Returns the summary. Raises TrainingError after three losses in a row that are not finite."""
         accelerator, schedule, recipe = self.accelerator, self.schedule, self.recipe
         rank, world = accelerator.process_index, accelerator.num_processes
         if accelerator.is_main_process:
             publish.write_json(self.folder / "settings.json", self.described)
-            accelerator.init_trackers("tensorboard")
-        log = (self.folder / "log.jsonl").open("a", encoding="utf-8") if accelerator.is_main_process else None
         began, bad, measured = time.perf_counter(), 0, self.validation
-        title = f"stage {self.described['stage']} {self.described['model']}"
-
-        def write(step: int, line: dict) -> None:
-            if log is not None:
-                log.write(json.dumps({"step": step, **line}) + "\n")
-                log.flush()
-                accelerator.log({k: v for k, v in line.items() if isinstance(v, int | float)}, step=step)
-
+        plan = Plan(schedule.steps, recipe.warmup, self.described["settings"]["qformer"]["queries"])
+        monitor = Monitor(self.folder, self.described, plan, self.start, recipe.trackers, accelerator.is_main_process)
+        batches = stream(self.pairs, schedule, self.start, rank, world, draws)
         try:
-            with progress(title, schedule.steps - self.start, "steps") as bar:
-                for step, epoch, draw, batch, captions in stream(self.pairs, schedule, self.start, rank, world, draws):
+            with monitor:
+                for step, epoch, draw, batch, captions in monitor.timed(batches):
                     if len(self.history) <= epoch:
                         self.history.append({"epoch": epoch, "draw": draw if draws else None})
-                        write(step, {"event": "epoch", **self.history[-1]})
+                        monitor.epoch(step, self.history[-1])
                     rate = learning_rate(recipe, step, schedule.steps)
                     for group in self.optimizer.param_groups:
                         group["lr"] = rate
@@ -132,20 +131,18 @@ class Loop:
                             "lower train.lr, or use train.precision=bf16."
                         )
                     done = step + 1
+                    monitor.stepped(done, schedule.batch, total)
                     last = done == schedule.steps
                     if done % recipe.log_every == 0 or last:
                         line = {name: sum(v) / len(v) for name, v in self._measured.items() if v}
                         self._measured.clear()
-                        write(done, {"event": "train", "epoch": epoch, "draw": draw, "lr": rate, **line})
+                        monitor.train(done, epoch, draw, rate, line)
                     if done % recipe.validate_every == 0 or last:
-                        measured = validate()
-                        write(done, {"event": "validate", **measured})
+                        measured, picture = validate()
+                        monitor.validated(done, measured, picture)
                     if done % recipe.save_every == 0 or last:
                         self._save(done, epoch, began, measured)
-                    bar.advance(note=f"loss {total:.3f}")
         finally:
-            if log is not None:
-                log.close()
             accelerator.end_training()
         summary = {
             "run": str(self.folder),
@@ -156,6 +153,7 @@ class Loop:
             "trainable": sum(p.numel() for p in self.plain.parameters() if p.requires_grad),
             "epochs": self.history,
             "validation": measured,
+            "alarms": monitor.alarms,
         }
         if accelerator.is_main_process:
             publish.write_json(self.folder / "summary.json", summary)
@@ -173,7 +171,7 @@ class Loop:
         for part, texts in parts:
             with accelerator.autocast():
                 found = losses_of(part.to(accelerator.device), texts, step, draws)
-                loss = torch.stack(list(found.values())).sum() / len(parts)
+                loss = torch.stack([self.weights[k] * v for k, v in found.items()]).sum() / len(parts)
             accelerator.backward(loss * recipe.accumulate)  # Accelerate divides by the accumulation steps itself
             total += float(loss.detach())
             for name, value in found.items():

@@ -1,6 +1,5 @@
 """Pictures of a run: loss curves, a masked input beside its reconstruction, questions with answers."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,9 @@ from xformer import checkpoint
 from xformer.data import Cache, normalised
 from xformer.losses import reconstruction
 from xformer.model import build_stage1
-from xformer.settings import Settings, settings_from
+from xformer.monitor import read_log
+from xformer.reconstruction import mean_predicted, panels
+from xformer.settings import settings_from
 from xformer.text import TextTokenizer
 
 matplotlib.use("Agg")
@@ -21,11 +22,6 @@ from matplotlib import pyplot as plt  # noqa: E402
 COLOURS = {"xformer": "#c2410c", "qformer": "#1d4ed8"}
 NAMES = {"xformer": "X-Former", "qformer": "Q-Former"}
 PANELS = {"itc": "ITC", "itm": "ITM", "itg": "ITG", "reconstruction": "reconstruction", "lm": "stage 2: language model"}
-
-
-def read_log(run: Path) -> list[dict[str, Any]]:
-    """The lines of RUN/log.jsonl."""
-    return [json.loads(line) for line in (run / "log.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def loss_curves(runs: dict[str, list[Path]], out: Path) -> None:
@@ -84,47 +80,22 @@ def rebuild(run: Path, store: Path, count: int) -> dict[str, Any]:
         pixels = normalised(features.pixels, settings.mae)
         _, rebuilt = stage1.xformer(torch.from_numpy(features.clip).float(), local)
         assert rebuilt is not None
-        mean = pixels.mean((2, 3), keepdim=True).expand_as(pixels)
         predicted = {
-            "each image's mean": _patches(mean, decoder.patch),
+            "each image's mean": mean_predicted(pixels, decoder.patch, decoder.norm_pix),
             "MAE alone (M)": decoder(local, kept),
             "X-Former (M')": decoder(rebuilt, kept),
         }
         for name, value in predicted.items():
-            errors[name] += [float(reconstruction(value, pixels, kept, decoder.patch, False))] * len(part)
+            loss = reconstruction(value, pixels, kept, decoder.patch, decoder.norm_pix)
+            errors[name] += [float(loss)] * len(part)
         if not start:
-            shown = slice(0, count)
-            pictures["original"] = _visible(pixels[shown], settings)
-            grey = torch.zeros_like(_patches(pixels, decoder.patch))
-            for name, value in {"masked": grey, **predicted}.items():
-                if name != "each image's mean":
-                    whole = torch.where(kept[..., None], _patches(pixels, decoder.patch), value)
-                    pictures[name] = _visible(_picture(whole, decoder.patch)[shown], settings)
+            pictures = panels(decoder, settings.mae, *(x[:count] for x in (pixels, kept, local, rebuilt)))
     return {
         "pictures": pictures,
         "errors": {name: float(np.mean(v)) for name, v in errors.items()},
         "n": len(rows),
         "norm_pix_loss": decoder.norm_pix,
     }
-
-
-def _patches(pixels: torch.Tensor, patch: int) -> torch.Tensor:
-    from xformer.losses import patchify
-
-    return patchify(pixels, patch)
-
-
-def _picture(patches: torch.Tensor, patch: int) -> torch.Tensor:
-    """The inverse of patchify: [B, patches, patch * patch * 3] -> [B, 3, S, S]."""
-    b, n, _ = patches.shape
-    side = int(n**0.5)
-    grid = patches.reshape(b, side, side, patch, patch, 3)
-    return grid.permute(0, 5, 1, 3, 2, 4).reshape(b, 3, side * patch, side * patch)
-
-
-def _visible(pixels: torch.Tensor, settings: Settings) -> np.ndarray:
-    mean, std = (torch.tensor(v)[:, None, None] for v in (settings.mae.mean, settings.mae.std))
-    return (pixels * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
 
 
 def reconstructions(found: dict[str, Any], out: Path) -> None:

@@ -143,6 +143,8 @@ class Recipe(Section):
     save_every: Count
     keep: Count
     log_every: Count
+    trackers: list[Literal["tensorboard", "wandb", "mlflow"]]
+    pictures: Whole
     threads: Whole
 
     @model_validator(mode="after")

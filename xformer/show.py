@@ -15,7 +15,7 @@ from xformer.data import Cache, normalised
 from xformer.errors import EvaluationError
 from xformer.losses import patchify
 from xformer.model import build_xformer
-from xformer.reconstruction import FrozenDecoder
+from xformer.reconstruction import FrozenDecoder, rebuilt_pixels, unpatchify, visible
 from xformer.settings import Settings, settings_from, with_overrides
 from xformer.train import compare_identities
 
@@ -23,23 +23,6 @@ matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
 ACROSS = 8  # queries per line
-
-
-def unpatchify(patches: Tensor, patch: int) -> Tensor:
-    """[B, patches, patch * patch * 3] -> [B, 3, S, S]."""
-    b, n, _ = patches.shape
-    side = int(n**0.5)
-    grid = patches.reshape(b, side, side, patch, patch, 3)
-    return grid.permute(0, 5, 1, 3, 2, 4).reshape(b, 3, side * patch, side * patch)
-
-
-def rebuilt_pixels(decoder: FrozenDecoder, tokens: Tensor, kept: Tensor, pixels: Tensor) -> Tensor:
-    """The decoder's masked patches beside the true visible ones, [B, 3, S, S]. A decoder of normalised pixels gets each
-    patch's true mean and deviation back, as MAE's own pictures do."""
-    true, predicted = patchify(pixels, decoder.patch), decoder(tokens, kept)
-    if decoder.norm_pix:
-        predicted = predicted * (true.var(-1, keepdim=True) + 1e-6).sqrt() + true.mean(-1, keepdim=True)
-    return unpatchify(torch.where(kept[..., None], true, predicted), decoder.patch)
 
 
 def grids(weights: Tensor, patches: int, kept: Tensor | None) -> np.ndarray:
@@ -100,8 +83,7 @@ def _panels(
     found = {"masked input": masked, "rebuilt from M (MAE alone)": rebuilt_pixels(decoder, local, kept, pixels)}
     if model == "xformer" and rebuilt is not None:
         found["rebuilt from M'"] = rebuilt_pixels(decoder, rebuilt, kept, pixels)
-    mean, std = (torch.tensor(v)[:, None, None] for v in (settings.mae.mean, settings.mae.std))
-    return {k: (v * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy() for k, v in found.items()}
+    return {k: visible(v, settings.mae) for k, v in found.items()}
 
 
 def _draw(file: Path, picture: Path, panels: dict, similar: np.ndarray, rows: dict[str, np.ndarray]) -> None:

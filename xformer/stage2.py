@@ -15,6 +15,9 @@ from xformer.settings import Settings
 from xformer.text import clean
 from xformer.weights import resolve, sha256_of_folder
 
+Text = tuple[
+    Tensor, Tensor, Tensor
+]  # token ids int64 [B, T]; which exist, bool [B, T]; which carry the loss, bool [B, T]
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -59,6 +62,27 @@ class FrozenLlm(nn.Module):
             ids[i, place], mask[i, place] = torch.tensor(row), True
         return ids, mask
 
+    def encode_targets(self, prompts: list[str], targets: list[str], max_tokens: int) -> Text:
+        """Prompt, target and a line break, padded on the right; the loss is on the target and the line break only.
+
+        An empty prompt leaves the loss on the leading </s> too, as LAVIS's OPT does (blip2_opt.py forward: it masks the
+        prompt's tokens, of which </s> is one, only where there is a prompt). What is too long loses the beginning of
+        the prompt after </s>, then the end of the target, never the line break.
+        """
+        rows, labelled = [], []
+        for prompt, target in zip(prompts, targets, strict=True):
+            asked = self.tokenizer.encode(prompt, add_special_tokens=False) if prompt else []
+            said = self.tokenizer.encode(target, add_special_tokens=False)[: max_tokens - 2] + [self.newline]
+            asked = asked[max(0, len(asked) - (max_tokens - 1 - len(said))) :]
+            rows.append([self.begin, *asked, *said])
+            labelled.append(0 if not prompt else 1 + len(asked))
+        longest = max(map(len, rows))
+        ids, place = torch.full((len(rows), longest), self.pad), torch.arange(longest)[None]
+        for i, row in enumerate(rows):
+            ids[i, : len(row)] = torch.tensor(row)
+        mask = place < torch.tensor([len(row) for row in rows])[:, None]
+        return ids, mask, mask & (place >= torch.tensor(labelled)[:, None])
+
 
 class Stage2(nn.Module):
     """X-Former without text, one linear layer, a frozen OPT."""
@@ -73,16 +97,18 @@ class Stage2(nn.Module):
         enhanced, rebuilt = self.xformer(clip.float(), None if local is None else local.float())
         return self.llm_proj(enhanced), rebuilt
 
-    def forward(self, batch: Batch, ids: Tensor, mask: Tensor) -> dict[str, Tensor]:
-        """Language-model loss of the captions after the soft prompt; queries and pads carry no loss.
+    def forward(self, batch: Batch, ids: Tensor, mask: Tensor, labelled: Tensor | None = None) -> dict[str, Tensor]:
+        """Language-model loss of the texts after the soft prompt, at the tokens that are `labelled`.
 
         Args:
-            ids: int64 [B, T], </s> first and a line break last; mask: bool [B, T]. LAVIS does not mask the </s>.
+            ids: int64 [B, T], </s> first and a line break last; mask: bool [B, T].
+            labelled: bool [B, T]; None = all of mask.
         """
         soft, rebuilt = self.prefix(batch.clip, batch.mae)
         embedded = torch.cat([soft.to(self.llm.model.dtype), self.llm.embed(ids)], 1)
         seen = torch.cat([mask.new_ones(len(mask), soft.shape[1]), mask], 1)
-        labels = torch.cat([torch.full(soft.shape[:2], -100, device=ids.device), ids.masked_fill(~mask, -100)], 1)
+        target = mask if labelled is None else labelled
+        labels = torch.cat([torch.full(soft.shape[:2], -100, device=ids.device), ids.masked_fill(~target, -100)], 1)
         found = {"lm": self.llm.model(inputs_embeds=embedded, attention_mask=seen.long(), labels=labels).loss.float()}
         if self.decoder is not None and rebuilt is not None and batch.kept is not None and batch.pixels is not None:
             predicted = self.decoder(rebuilt, batch.kept)
@@ -92,9 +118,11 @@ class Stage2(nn.Module):
         return found
 
 
-def caption_texts(captions: list[str], settings: Settings) -> list[str]:
-    """Captions as the language model sees them in training."""
-    return [settings.llm.prompt + clean(caption, settings.qformer.max_words) for caption in captions]
+def caption_text(llm: FrozenLlm, captions: list[str], settings: Settings) -> Text:
+    """Captions after the settings' prompt, which carries no loss; stage 2 and caption fine-tuning."""
+    prompt = settings.llm.prompt.rstrip()
+    said = [(" " if prompt else "") + clean(caption, settings.qformer.max_words) for caption in captions]
+    return llm.encode_targets([prompt] * len(said), said, settings.stage2.max_text)
 
 
 def build_stage2(settings: Settings, model: str) -> Stage2:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from xformer.local import rebuilds
 from xformer.loop import Loop
 from xformer.model import Batch, build_stage1, build_xformer
 from xformer.settings import Settings
+from xformer.stage2 import Text, build_stage2, caption_text
 from xformer.text import TextTokenizer, bert_state
 from xformer.validate import validate_stage1, validate_stage2
 
@@ -66,7 +68,6 @@ def train_stage1(
     """
     _prepare_run(run, resume)
     recipe = settings.stage1
-    weights = dict(recipe.weights)
     torch.manual_seed(settings.seed)
     train, val, caches = _pairs(features, settings, model, "stage1")
     stage1 = build_stage1(settings, model, train.tokenizer.vocabulary, train.tokenizer.begin)
@@ -88,9 +89,9 @@ def train_stage1(
     def losses_of(batch: Batch, captions: list[str], step: int, draws: torch.Generator) -> dict[str, Tensor]:
         found, measured = loop.model(batch, step >= recipe.hard_negatives_after, draws)
         loop.measure(itm_accuracy=measured["itm_accuracy"], temperature=measured["temperature"])
-        return {name: weights[name] * value for name, value in found.items()}
+        return found
 
-    def validate() -> dict[str, float]:
+    def validate() -> tuple[dict[str, float], np.ndarray | None]:
         return validate_stage1(stage1, val, recipe, loop.accelerator.device)
 
     return loop.run(losses_of, validate, caches[0].draws)
@@ -100,8 +101,6 @@ def train_stage2(
     features: list[Path], init: Path, run: Path, settings: Settings, model: str | None, resume: bool
 ) -> dict[str, Any]:
     """Stage 2: Z' -> linear -> frozen OPT. Starts from a stage-1 run; returns the run's summary."""
-    from xformer.stage2 import build_stage2, caption_texts
-
     _prepare_run(run, resume)
     start = _stage1_checkpoint(init)
     before = checkpoint.read_state(start)
@@ -110,7 +109,6 @@ def train_stage2(
     model = str(before["model"])
     _refuse_other_sizes(before["settings"], settings, init, ("qformer", "dual", "local"))
     recipe = settings.stage2
-    weights = dict(recipe.weights)
     torch.manual_seed(settings.seed)
     train, val, caches = _pairs(features, settings, model, "stage2")
     compare_identities(before["identities"], caches[0].identities(), str(init), str(features[0]))
@@ -118,15 +116,17 @@ def train_stage2(
     checkpoint.load_model(start, stage2.xformer, prefix="xformer.")
     described = _describe(settings, model, 2, caches) | {"init": str(init)}
     described["llm"] = {"width": stage2.llm.width, "sha256": stage2.llm.sha256}
+
+    def encode(captions: list[str]) -> Text:
+        return caption_text(stage2.llm, captions, settings)
+
     loop = Loop(run, stage2, train, recipe, settings.seed, described, resume)
 
     def losses_of(batch: Batch, captions: list[str], step: int, draws: torch.Generator) -> dict[str, Tensor]:
-        ids, mask = stage2.llm.encode(caption_texts(captions, settings), recipe.max_text, newline=True, left=False)
-        found = loop.model(batch, ids.to(loop.accelerator.device), mask.to(loop.accelerator.device))
-        return {name: weights[name] * value for name, value in found.items()}
+        return loop.model(batch, *(part.to(loop.accelerator.device) for part in encode(captions)))
 
-    def validate() -> dict[str, float]:
-        return validate_stage2(stage2, val, recipe, settings, loop.accelerator.device)
+    def validate() -> tuple[dict[str, float], np.ndarray | None]:
+        return validate_stage2(stage2, val, recipe, encode, loop.accelerator.device)
 
     return loop.run(losses_of, validate, caches[0].draws)
 
