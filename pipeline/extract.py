@@ -11,10 +11,53 @@ from typing import Any
 from pipeline import cluster, encode, fidelity, images, masks, provenance, store, upkeep
 from pipeline.corpora import Corpus, open_corpus
 from pipeline.index import Index
-from pipeline.plan import write_index
+from pipeline.write_index import write_index
 from xformer.console import progress, say
 from xformer.errors import CorpusError, SettingsError, StoreError
 from xformer.settings import Settings, settings_from
+
+
+Spec = tuple[tuple[int, ...], str, dict]  # of one array: shape of a row, dtype, usage
+
+
+def array_specs(kind: str, settings: Settings, whole: bool, clip_tokens: int) -> dict[str, Spec]:
+    """The arrays that one encoder's extraction fills, in the order in which they are declared.
+
+    Args:
+        whole: MAE features of the whole image instead of mask draws.
+        clip_tokens: tokens of one image in the CLIP (257 for ViT-g/14 at 224), class token and all.
+
+    Raises: SettingsError where draws do not divide over the views.
+    """
+    views, mae, side = settings.store.views, settings.mae, settings.image_size
+    patches, specs = (side // mae.patch) ** 2, {}
+
+    def tokens(name: str, shape: tuple[int, int], usage: dict) -> None:
+        if settings.store.dtype == "int8":
+            specs[f"{name.rpartition('/')[0]}/scale"] = shape[:1], "float16", usage
+        specs[name] = shape, "int8" if settings.store.dtype == "int8" else "float16", usage
+
+    if kind == "clip":
+        for view in range(views):
+            for layer in settings.clip.layers:
+                name = f"clip/{layer}/{f'view-{view}/' if view else ''}tokens"
+                tokens(name, (clip_tokens, settings.clip.width), _view(view, settings))
+        return specs
+    ratio = 0.0 if whole else mae.mask_ratio
+    draws: dict[str, int | None] = {f"mae/draw-{d}": d for d in range(mae.draws)} if ratio else {"mae/full": None}
+    if ratio and mae.draws % views:
+        raise SettingsError(
+            f"store.views {views} must divide mae.draws {mae.draws}: draw d is made on view d mod views."
+        )
+    for prefix, draw in draws.items():
+        seed = mae.mask_seed if draw is not None else None
+        usage = _view((draw or 0) % views, settings) | {"mask_ratio": ratio, "draw": draw, "mask_seed": seed}
+        tokens(f"{prefix}/tokens", (1 + masks.kept_count(patches, ratio), mae.width), usage)
+        if draw is not None:
+            specs[f"{prefix}/kept"] = (-(-patches // 8),), "uint8", usage
+    for view in range(views):
+        specs[f"pixels/view-{view}"] = (3, side, side), "uint8", _view(view, settings)
+    return specs
 
 
 def declare(path: Path, index: Index, kind: str, settings: Settings, whole: bool, root: Path, force: bool) -> list[str]:
@@ -22,52 +65,21 @@ def declare(path: Path, index: Index, kind: str, settings: Settings, whole: bool
 
     Raises: StoreError where they exist and differ, or where int8 loses more than store.int8_max_rmse without `force`.
     """
-    model, views, mae = encode.encoder(kind, settings.model_dump_json()), settings.store.views, settings.mae
-    usages: dict[str, dict] = {}
-    if kind == "clip":
-        for view in range(views):
-            for layer in settings.clip.layers:
-                usages[f"clip/{layer}/{f'view-{view}/' if view else ''}tokens"] = _view(view, settings)
-        rows, width = model.tokens, settings.clip.width
-    else:
-        ratio = 0.0 if whole else mae.mask_ratio
-        draws: dict[str, int | None] = {f"mae/draw-{d}": d for d in range(mae.draws)} if ratio else {"mae/full": None}
-        if ratio and mae.draws % views:
-            raise SettingsError(
-                f"store.views {views} must divide mae.draws {mae.draws}: draw d is made on view d mod views."
-            )
-        for prefix, draw in draws.items():
-            seed = mae.mask_seed if draw is not None else None
-            used = {"mask_ratio": ratio, "draw": draw, "mask_seed": seed}
-            usages[f"{prefix}/tokens"] = _view((draw or 0) % views, settings) | used
-        rows, width = 1 + masks.kept_count(model.patches, ratio), mae.width
-    new = [name for name in usages if not (path / name / "zarr.json").is_file()]
-    scales = fidelity.calibrate(index, new, settings, root, force) if settings.store.dtype == "int8" and new else {}
-    names = []
-    for name, usage in usages.items():
-        identity = model.layer_identity(int(name.split("/")[1])) if kind == "clip" else model.identity
-        if settings.store.dtype == "int8":
-            identity = identity | {"quantiser": "int8 * token * channel"}
-            beside = f"{name.rpartition('/')[0]}/scale"
-            store.create_array(path, beside, index, (rows,), "float16", identity, usage)
-            more = {"channel_scale": [float(v) for v in scales[name]]} if name in scales else {}
-            store.create_array(path, name, index, (rows, width), "int8", identity, usage, more)
-            names += [name, beside]
+    model = encode.encoder(kind, settings.model_dump_json())
+    specs = array_specs(kind, settings, whole, model.tokens if kind == "clip" else 0)
+    quantised = [name for name, (_, dtype, _) in specs.items() if dtype == "int8"]
+    new = [name for name in quantised if not (path / name / "zarr.json").is_file()]
+    scales = fidelity.calibrate(index, new, settings, root, force) if new else {}
+    for name, (shape, dtype, usage) in specs.items():
+        if name.startswith("pixels/"):
+            identity = {"schema": 1, "encoder": "pixels", "image_size": settings.image_size}
         else:
-            store.create_array(path, name, index, (rows, width), "float16", identity, usage)
-            names.append(name)
-        if kind == "mae" and usage["draw"] is not None:
-            kept, bits = f"{name.rpartition('/')[0]}/kept", (-(-model.patches // 8),)
-            store.create_array(path, kept, index, bits, "uint8", model.identity, usage)
-            names.append(kept)
-    if kind == "mae":
-        side = settings.image_size
-        for view in range(views):
-            pixel_identity = {"schema": 1, "encoder": "pixels", "image_size": side}
-            usage = _view(view, settings)
-            store.create_array(path, f"pixels/view-{view}", index, (3, side, side), "uint8", pixel_identity, usage)
-            names.append(f"pixels/view-{view}")
-    return names
+            identity = model.layer_identity(int(name.split("/")[1])) if kind == "clip" else model.identity
+            if settings.store.dtype == "int8" and not name.endswith("/kept"):
+                identity = identity | {"quantiser": "int8 * token * channel"}
+        more = {"channel_scale": [float(v) for v in scales[name]]} if name in scales else {}
+        store.create_array(path, name, index, shape, dtype, identity, usage, more)
+    return list(specs)
 
 
 def _view(view: int, settings: Settings) -> dict:

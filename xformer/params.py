@@ -41,7 +41,7 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def _llm(name: str) -> Any:
+def llm_config(name: str) -> Any:
     """An OPT's config: one of the known shapes, or read from a weights folder."""
     from transformers import OPTConfig
 
@@ -56,7 +56,7 @@ def _llm(name: str) -> Any:
     return OPTConfig.from_pretrained(resolve(name, ("config.json",)))
 
 
-def _mae(settings: Settings) -> Any:
+def mae_config(settings: Settings) -> Any:
     from transformers import ViTMAEConfig
 
     if settings.mae.weights.startswith("hub:facebook/vit-mae-huge"):
@@ -103,7 +103,7 @@ def frozen(settings: Settings, llm: Any) -> dict[str, int]:
     arguments: dict[str, Any] = dict(settings.clip.kwargs)
     clip: Any = timm.create_model(settings.clip.architecture, pretrained=False, num_classes=0, **arguments)
     unused = [*clip.blocks[settings.clip.layers[0] :], clip.norm, clip.fc_norm]
-    mae = ViTMAEForPreTraining(_mae(settings))
+    mae = ViTMAEForPreTraining(mae_config(settings))
     return {
         f"CLIP to block {settings.clip.layers[0]}": count(clip) - sum(count(part) for part in unused),
         "MAE encoder": count(mae.vit),
@@ -116,7 +116,7 @@ def params(settings: Settings, llm: str | None, as_json: bool) -> dict[str, Any]
     """Counts all systems and prints them beside the paper's figures, as tables or as JSON. Returns what JSON holds."""
     name = llm or settings.llm.weights
     name = next((known for known in OPT if name.startswith(f"hub:facebook/{known}@")), name)
-    config = _llm(name)
+    config = llm_config(name)
     with torch.device("meta"):
         parts = {model: trained(settings, model, config.word_embed_proj_dim) for model in MODELS}
         first = {model: trained_stage1(settings, model) for model in MODELS}

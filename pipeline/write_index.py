@@ -1,4 +1,4 @@
-"""Planning a store: fixes which image is in which row, and writes the index (pipeline/index.py reads it)."""
+"""Writing an index: fixes which image is in which row, before any encoder runs (pipeline/index.py reads it)."""
 
 import hashlib
 import os
