@@ -196,6 +196,51 @@ def extract(
     report_extraction(report, json_file)
 
 
+@app.command()
+def plan(
+    corpus: Annotated[Path | None, typer.Option(help="The corpus; left out, --images must be given.")] = None,
+    images: Annotated[int | None, typer.Option(min=1, help="Plan for so many images; 14000000 is the paper's.")] = None,
+    root: Annotated[Path | None, typer.Option(help="The pictures of a caption file.")] = None,
+    store: Store = Path("store.zarr"),
+    gpus_count: Annotated[int, typer.Option(min=1, help="GPUs to plan for.")] = 8,
+    gpu_tflops: Annotated[float, typer.Option(min=0.001, help="What each achieves; 125 is 40% of an A100.")] = 125.0,
+    storage_gbs: Annotated[float | None, typer.Option(min=0.001, help="GB/s that the storage delivers.")] = None,
+    gpus: Annotated[bool, typer.Option("--gpus", help="Probe this machine's GPU instead of its CPU.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the plan here.")] = None,
+    preset: Preset = "tiny",
+    config: Config = None,
+    set_: Set = None,
+    seed: Seed = None,
+    quiet: Quiet = False,
+) -> None:
+    """What it will cost, before anything runs: bytes, hours, read rate, and when the cache pays.
+
+    Draws, layers, views, dtype and recipe come from the settings, e.g. --set mae.draws=4 --set store.dtype=int8.
+    """
+    settings = _settings(preset, config, set_, seed, quiet)
+    from pipeline.corpora import open_corpus
+    from pipeline.plan import Machine, show
+    from pipeline.plan import plan as run
+    from xformer import operations, publish
+
+    if corpus is None and images is None:
+        raise UserError("plan: give --corpus SRC, --images N, or both.")
+    source = open_corpus(corpus, root) if corpus is not None else None
+    device, counted = "cuda" if gpus else "cpu", operations.encoder_operations(settings)
+    machine = Machine(gpus_count, gpu_tflops, storage_gbs)
+
+    def training(captions: list[str]) -> dict:
+        return operations.training_costs(settings, "xformer", counted["clip_tokens"], captions, device)
+
+    def encoder_rate() -> float:
+        return operations.encoder_rate(settings, device)
+
+    report = run(source, images, settings, machine, counted, training, encoder_rate, gpus, store)
+    show(report)
+    if json_file:
+        publish.write_json(json_file, report)
+
+
 @store_app.command("info")
 def store_info(
     store: Annotated[Path, typer.Argument()],

@@ -16,7 +16,6 @@ from xformer.console import progress, say
 from xformer.errors import CorpusError, SettingsError, StoreError
 from xformer.settings import Settings, settings_from
 
-
 Spec = tuple[tuple[int, ...], str, dict]  # of one array: shape of a row, dtype, usage
 
 

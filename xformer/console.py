@@ -15,6 +15,17 @@ def set_quiet(quiet: bool) -> None:
     _quiet = quiet
 
 
+@contextmanager
+def quietly() -> Iterator[None]:
+    """Nothing is said inside, for work that is only a means."""
+    before = _quiet
+    set_quiet(True)
+    try:
+        yield
+    finally:
+        set_quiet(before)
+
+
 def say(text: str = "") -> None:
     """A line for the person; silent with --quiet."""
     if not _quiet:

@@ -41,6 +41,11 @@ def count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
+def known_llm(name: str) -> str:
+    """The short name of OPT weights whose shape is known; any other name as it is."""
+    return next((known for known in OPT if name.startswith(f"hub:facebook/{known}@")), name)
+
+
 def llm_config(name: str) -> Any:
     """An OPT's config: one of the known shapes, or read from a weights folder."""
     from transformers import OPTConfig
@@ -114,8 +119,7 @@ def frozen(settings: Settings, llm: Any) -> dict[str, int]:
 
 def params(settings: Settings, llm: str | None, as_json: bool) -> dict[str, Any]:
     """Counts all systems and prints them beside the paper's figures, as tables or as JSON. Returns what JSON holds."""
-    name = llm or settings.llm.weights
-    name = next((known for known in OPT if name.startswith(f"hub:facebook/{known}@")), name)
+    name = known_llm(llm or settings.llm.weights)
     config = llm_config(name)
     with torch.device("meta"):
         parts = {model: trained(settings, model, config.word_embed_proj_dim) for model in MODELS}

@@ -34,6 +34,24 @@ def resolve(spec: str, needed: tuple[str, ...]) -> Path:
     return folder
 
 
+def is_here(spec: str, needed: tuple[str, ...]) -> bool:
+    """Whether `resolve` would find everything without a network."""
+    kind, _, rest = spec.partition(":")
+    if kind != "hub":
+        try:
+            resolve(spec, needed)
+        except WeightsError:
+            return False
+        return True
+    from huggingface_hub import try_to_load_from_cache
+
+    repository, _, revision = rest.partition("@")
+    return all(
+        any(isinstance(try_to_load_from_cache(repository, n, revision=revision or None), str) for n in names.split("|"))
+        for names in needed
+    )
+
+
 def _silence_transformers() -> None:
     """Its own progress bars say nothing that a person waits for."""
     from transformers.utils import logging
