@@ -48,6 +48,11 @@ class Model(StrEnum):
     early = "early"
 
 
+class Task(StrEnum):
+    vqa = "vqa"
+    caption = "caption"
+
+
 class Dtype(StrEnum):
     fp16 = "fp16"
     int8 = "int8"
@@ -353,6 +358,13 @@ def train(
     ] = None,
     model: Annotated[Model | None, typer.Option(help="Left out: xformer, or what the stage-1 run was.")] = None,
     llm: Annotated[str | None, typer.Option(help="Stage 2: weights of another frozen OPT.")] = None,
+    task: Annotated[
+        Task | None, typer.Option(help="Stage 2: fine-tune a stage-2 run (--init, left out runs/stage2) on this.")
+    ] = None,
+    questions: Annotated[
+        Path | None, typer.Option(help="--task vqa: VQAv2's question file, or a list with image_id, question, answer.")
+    ] = None,
+    annotations: Annotated[Path | None, typer.Option(help="--task vqa: VQAv2's annotation file.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the run's newest checkpoint.")] = False,
     preset: Preset = "tiny",
     config: Config = None,
@@ -369,8 +381,11 @@ def train(
         chosen = model.value if model else "xformer"
         train_stage1(features, out or Path("runs/stage1"), settings, chosen, resume, init)
     else:
-        chosen = model.value if model else None
-        train_stage2(features, init or Path("runs/stage1"), out or Path("runs/stage2"), settings, chosen, resume)
+        name = task.value if task else "stage2"
+        start = init or Path("runs/stage2" if task else "runs/stage1")
+        chosen, doing = model.value if model else None, task.value if task else None
+        run = out or Path("runs") / name
+        train_stage2(features, start, run, settings, chosen, resume, doing, questions, annotations)
 
 
 def _temporary(images: Path, run: Path, wanted: set[str] | None, overrides: list[str]) -> Path:

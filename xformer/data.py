@@ -1,10 +1,11 @@
 """Batches from the cache. Sample order is a pure function of (seed, epoch, step), the same for one or many processes."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -115,14 +116,31 @@ class Cache:
         return Features(self.clips[view].read(rows), mae, kept, pixels)
 
 
-class Pairs:
-    """Image-text pairs of one split over one or several stores."""
+TextsOf = Callable[
+    [Cache], tuple[np.ndarray, Any]
+]  # a store's texts: the row of each, int64 [N], and each by its number
 
-    def __init__(self, caches: list[Cache], split: str, tokenizer: TextTokenizer, settings: Settings) -> None:
+
+def captions_of(cache: Cache) -> tuple[np.ndarray, Any]:
+    """The captions of a store."""
+    return cache.store.index.captions()
+
+
+class Pairs:
+    """Image-text pairs of one split over one or several stores.
+
+    Args:
+        texts_of: a store's texts, each with its row; the captions unless a task has others.
+    """
+
+    def __init__(
+        self, caches: list[Cache], split: str, tokenizer: TextTokenizer, settings: Settings,
+        texts_of: TextsOf = captions_of,
+    ) -> None:  # fmt: skip
         self.caches, self.tokenizer, self.settings = caches, tokenizer, settings
         stores, rows, texts, self._captions = [], [], [], []
         for number, cache in enumerate(caches):
-            caption_rows, captions = cache.store.index.captions()
+            caption_rows, captions = texts_of(cache)
             self._captions.append(captions)
             table = cache.store.index.column("split", "status")
             usable = np.array(table["split"].to_numpy(zero_copy_only=False) == split)

@@ -12,10 +12,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from xformer import checkpoint
 from xformer.errors import CheckpointError
 from xformer.evaluation.generate import complete
-from xformer.evaluation.load import refuse_other_llm
 from xformer.model import build_xformer
 from xformer.settings import settings_from
-from xformer.stage2 import FrozenLlm
+from xformer.stage2 import FrozenLlm, refuse_other_llm
 
 
 class XFormerConfig(PreTrainedConfig):

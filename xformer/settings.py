@@ -199,6 +199,7 @@ class Settings(Section):
     llm: Llm
     stage1: Stage1
     stage2: Stage2
+    finetune: Stage2
     eval: Eval
 
     @model_validator(mode="after")
@@ -287,7 +288,7 @@ def _override(assignment: str) -> list[dict]:
         raise SettingsError(f"--set {assignment}: write --set key=value, for example --set train.lr=1e-4.")
     value: Any = parse_yaml(text, f"--set {assignment}") if text else ""
     names = key.strip().split(".")
-    tops = ("stage1", "stage2") if names[0] == "train" else (names[0],)
+    tops = ("stage1", "stage2", "finetune") if names[0] == "train" else (names[0],)
     trees = []
     for top in tops:
         tree = value
@@ -308,7 +309,7 @@ def load_settings(
     Args:
         preset: `tiny` or `paper`.
         config: a YAML file laid out as stages.yaml; it may hold any part of a preset.
-        overrides: `key=value` texts; `train.X` stands for stage1.X and stage2.X.
+        overrides: `key=value` texts; `train.X` stands for stage1.X, stage2.X and finetune.X.
         seed: replaces `seed`.
 
     Raises: SettingsError, one sentence that names the key.

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, OPTForCausalLM
 
-from xformer.errors import WeightsError
+from xformer.errors import CheckpointError, WeightsError
 from xformer.local import rebuilds
 from xformer.losses import reconstruction
 from xformer.model import Batch, XFormer, build_xformer
@@ -123,6 +123,21 @@ def caption_text(llm: FrozenLlm, captions: list[str], settings: Settings) -> Tex
     prompt = settings.llm.prompt.rstrip()
     said = [(" " if prompt else "") + clean(caption, settings.qformer.max_words) for caption in captions]
     return llm.encode_targets([prompt] * len(said), said, settings.stage2.max_text)
+
+
+def question_text(llm: FrozenLlm, questions: list[str], answers: list[str], settings: Settings) -> Text:
+    """Questions in the prompt that they are evaluated with, without a loss, and their answers with one."""
+    prompts = [settings.eval.prompt.replace("{}", question) for question in questions]
+    return llm.encode_targets(prompts, [f" {answer}" for answer in answers], settings.stage2.max_text)
+
+
+def refuse_other_llm(trained_with: str | None, llm: FrozenLlm, checkpoint_name: str) -> None:
+    """Raises CheckpointError where the language model is not the one that a checkpoint was trained with."""
+    if trained_with is not None and trained_with != llm.sha256:
+        raise CheckpointError(
+            f"{checkpoint_name}: the language model's sha256 is {llm.sha256[:12]} here and {trained_with[:12]} in training; "
+            "give the same llm.weights."
+        )
 
 
 def build_stage2(settings: Settings, model: str) -> Stage2:

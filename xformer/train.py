@@ -1,5 +1,6 @@
 """The two trainers: settings -> model and cached pairs -> one loop with Accelerate."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -10,24 +11,40 @@ from torch import Tensor
 from xformer import checkpoint
 from xformer.console import say
 from xformer.data import Cache, Pairs
-from xformer.errors import CheckpointError, SettingsError, StoreError
+from xformer.errors import CheckpointError, EvaluationError, SettingsError, StoreError
 from xformer.local import rebuilds
 from xformer.loop import Loop
 from xformer.model import Batch, build_stage1, build_xformer
+from xformer.questions import Question, read_questions, refuse_missing_images, rows_of_questions, split_questions
 from xformer.settings import Settings
-from xformer.stage2 import Text, build_stage2, caption_text
+from xformer.stage2 import Text, build_stage2, caption_text, question_text, refuse_other_llm
 from xformer.text import TextTokenizer, bert_state
 from xformer.validate import validate_stage1, validate_stage2
 
+Task = Literal["vqa", "caption"]
+
 
 def _pairs(
-    features: list[Path], settings: Settings, model: str, stage: Literal["stage1", "stage2"]
-) -> tuple[Pairs, Pairs, list[Cache]]:
+    features: list[Path], settings: Settings, model: str, stage: Literal["stage1", "stage2"],
+    asked: list[Question] | None = None,
+) -> tuple[Pairs, Pairs, list[Cache]]:  # fmt: skip
+    """Training and validation pairs: the captions of the stores, or the questions that a task asks."""
     pixels = rebuilds(settings, model, stage)
     caches = [Cache(path, settings, model, pixels, stage) for path in features]
     text = settings.qformer
     tokenizer = TextTokenizer(text.text, text.max_text, text.max_words)
-    train, val = (Pairs(caches, split, tokenizer, settings) for split in ("train", "val"))
+    if asked is None:
+        train, val = (Pairs(caches, split, tokenizer, settings) for split in ("train", "val"))
+    else:
+        refuse_missing_images(asked, caches)
+        train, val = (
+            Pairs(caches, split, tokenizer, settings, partial(rows_of_questions, questions=asked, wanted=wanted))
+            for split, wanted in split_questions(asked, caches, settings)
+        )
+    if not len(train) and asked is not None:
+        raise EvaluationError(
+            f"--questions: none of the {len(asked):,} questions is about an image of the training split."
+        )
     if not len(train):
         where = ", ".join(map(str, features))
         raise StoreError(f"{where}: no image-text pairs to train on; a plain folder of pictures has no captions.")
@@ -98,35 +115,52 @@ def train_stage1(
 
 
 def train_stage2(
-    features: list[Path], init: Path, run: Path, settings: Settings, model: str | None, resume: bool
-) -> dict[str, Any]:
-    """Stage 2: Z' -> linear -> frozen OPT. Starts from a stage-1 run; returns the run's summary."""
+    features: list[Path], init: Path, run: Path, settings: Settings, model: str | None, resume: bool,
+    task: Task | None = None, questions: Path | None = None, annotations: Path | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """Stage 2: Z' -> linear -> frozen OPT. Starts from a stage-1 run; returns the run's summary.
+
+    Args:
+        task: fine-tunes a stage-2 run instead, by the settings' `finetune`: on captions, or on questions with the loss on
+            the answer only.
+    """
     _prepare_run(run, resume)
-    start = _stage1_checkpoint(init)
+    asked = read_questions(questions, annotations) if task == "vqa" else None
+    start = _stage1_checkpoint(init) if task is None else _stage2_checkpoint(init)
     before = checkpoint.read_state(start)
     if model is not None and model != before["model"]:
         raise CheckpointError(f"{init} is a {before['model']} run, --model says {model}; leave --model out.")
     model = str(before["model"])
     _refuse_other_sizes(before["settings"], settings, init, ("qformer", "dual", "local"))
+    if task is not None:
+        settings = settings.model_copy(update={"stage2": settings.finetune})
     recipe = settings.stage2
     torch.manual_seed(settings.seed)
-    train, val, caches = _pairs(features, settings, model, "stage2")
+    train, val, caches = _pairs(features, settings, model, "stage2", asked)
     compare_identities(before["identities"], caches[0].identities(), str(init), str(features[0]))
     stage2 = build_stage2(settings, model)
-    checkpoint.load_model(start, stage2.xformer, prefix="xformer.")
-    described = _describe(settings, model, 2, caches) | {"init": str(init)}
+    if task is None:
+        checkpoint.load_model(start, stage2.xformer, prefix="xformer.")
+    else:
+        checkpoint.load_model(start, stage2)
+        refuse_other_llm(before.get("llm", {}).get("sha256"), stage2.llm, str(start))
+    described = _describe(settings, model, 2, caches) | {"init": str(init), "task": task}
     described["llm"] = {"width": stage2.llm.width, "sha256": stage2.llm.sha256}
 
-    def encode(captions: list[str]) -> Text:
-        return caption_text(stage2.llm, captions, settings)
+    def encode(texts: list[str], step: int | None) -> Text:
+        if asked is None:
+            return caption_text(stage2.llm, texts, settings)
+        chosen = [asked[int(number)] for number in texts]
+        answers = [q.frequent_answer() if step is None else q.drawn_answer(settings.seed, step) for q in chosen]
+        return question_text(stage2.llm, [q.text for q in chosen], answers, settings)
 
     loop = Loop(run, stage2, train, recipe, settings.seed, described, resume)
 
-    def losses_of(batch: Batch, captions: list[str], step: int, draws: torch.Generator) -> dict[str, Tensor]:
-        return loop.model(batch, *(part.to(loop.accelerator.device) for part in encode(captions)))
+    def losses_of(batch: Batch, texts: list[str], step: int, draws: torch.Generator) -> dict[str, Tensor]:
+        return loop.model(batch, *(part.to(loop.accelerator.device) for part in encode(texts, step)))
 
     def validate() -> tuple[dict[str, float], np.ndarray | None]:
-        return validate_stage2(stage2, val, recipe, encode, loop.accelerator.device)
+        return validate_stage2(stage2, val, recipe, lambda texts: encode(texts, None), loop.accelerator.device)
 
     return loop.run(losses_of, validate, caches[0].draws)
 
@@ -148,6 +182,15 @@ def _stage1_checkpoint(init: Path) -> Path:
     start = checkpoint.newest(init)
     if checkpoint.read_state(start)["stage"] != 1:
         raise CheckpointError(f"--init {init} is a stage-2 run; give a stage-1 run.")
+    return start
+
+
+def _stage2_checkpoint(init: Path) -> Path:
+    if not init.is_dir() or not checkpoint.checkpoints(init):
+        raise CheckpointError(f"--task starts from a stage-2 run, and {init} holds none; run: xformer train --stage 2")
+    start = checkpoint.newest(init)
+    if checkpoint.read_state(start)["stage"] != 2:
+        raise CheckpointError(f"--init {init} is a stage-1 run; --task fine-tunes a stage-2 run.")
     return start
 
 

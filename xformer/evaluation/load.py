@@ -10,7 +10,7 @@ from xformer.data import Cache
 from xformer.errors import CheckpointError, EvaluationError, SettingsError
 from xformer.model import Stage1, build_stage1
 from xformer.settings import Settings, settings_from, with_overrides
-from xformer.stage2 import FrozenLlm, Stage2, build_stage2
+from xformer.stage2 import Stage2, build_stage2, refuse_other_llm
 from xformer.text import TextTokenizer
 
 
@@ -34,15 +34,6 @@ def load_stage2(run: Path, overrides: list[str]) -> tuple[Stage2, dict[str, Any]
     refuse_other_llm(state.get("llm", {}).get("sha256"), stage2.llm, str(newest))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return stage2.to(device).eval(), state, settings
-
-
-def refuse_other_llm(trained_with: str | None, llm: FrozenLlm, checkpoint_name: str) -> None:
-    """Raises CheckpointError where the language model is not the one that a checkpoint was trained with."""
-    if trained_with is not None and trained_with != llm.sha256:
-        raise CheckpointError(
-            f"{checkpoint_name}: the language model's sha256 is {llm.sha256[:12]} here and {trained_with[:12]} in training; "
-            "give the same llm.weights."
-        )
 
 
 def load_stage1(run: Path, overrides: list[str]) -> tuple[Stage1, TextTokenizer, dict[str, Any], Settings]:
