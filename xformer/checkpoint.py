@@ -1,12 +1,19 @@
 """Checkpoints: trainables only, safetensors only, whole or absent, every file's sha256 checked on reading.
 
-RUN/checkpoints/step-00000250/{model.safetensors,config.json,optimizer.safetensors,state.json}
+RUN/checkpoints/step-00000250/{model.safetensors,config.json,optimizer.safetensors,state.json,SHA256SUMS}
 
-model.safetensors and config.json are a transformers model folder (xformer/pretrained.py).
+model.safetensors and config.json are a transformers model folder (xformer/pretrained.py). SHA256SUMS, in the format of
+`sha256sum -c`, is the marker of a complete checkpoint: it is inside before the folder gets its name, and goes first when
+an old one is removed. A new checkpoint has its name, durably, before anything older is touched, so at every moment at
+least one complete checkpoint exists from the first on.
 """
 
+import errno
 import hashlib
 import json
+import os
+import re
+import secrets
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,7 +24,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from xformer import publish
+from xformer.console import say
 from xformer.errors import CheckpointError
+
+MARKER = "SHA256SUMS"
+NAME = re.compile(r"step-(\d{8,})(-replaced-[0-9a-f]+)?")
 
 
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
@@ -26,31 +37,67 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> Path:
-    """Publishes one checkpoint, and only then removes those older than the newest `keep`."""
+    """Publishes one checkpoint, and only then removes those older than the newest `keep`.
+
+    Raises: OSError where the disk does not take it; the older checkpoints stay.
+    """
     names = {id(p): name for name, p in model.named_parameters()}
     moments: dict[str, Tensor] = {}
     for parameter, values in optimizer.state.items():
         for key, value in values.items():
             moments[f"{names[id(parameter)]}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
-    target = write(run, {"model": trainable_state(model), "optimizer": moments}, state)
-    for old in checkpoints(run)[:-keep]:
-        (old / "state.json").unlink()  # the marker goes first: a half-removed checkpoint is not one
-        shutil.rmtree(old)
+    trained = trainable_state(model)
+    without = sorted(set(trained) - {name.rpartition("/")[0] for name in moments})
+    target = write(run, {"model": trained, "optimizer": moments}, state | {"without_moments": without})
+    retain(run, keep)
     return target
 
 
 def write(run: Path, tensors: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
-    """Publishes one checkpoint folder: each group of tensors, config.json, and with state.json the marker."""
+    """Publishes one checkpoint folder: each group of tensors, config.json, state.json, and the marker."""
     target = run / "checkpoints" / f"step-{state['step']:08d}"
-    if target.exists():
-        shutil.rmtree(target)
     with publish.directory(target) as folder:
         for name, group in tensors.items():
-            save_file(group, folder / f"{name}.safetensors", metadata={"format": "pt"})
-        (folder / "config.json").write_text(json.dumps(model_config(state), indent=2) + "\n", encoding="utf-8")
-        files = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in folder.iterdir()}
-        (folder / "state.json").write_text(json.dumps(state | {"sha256": files}, indent=2) + "\n", encoding="utf-8")
+            _save_file(group, folder / f"{name}.safetensors")
+        sums = {file.name: _sha256(file) for file in sorted(folder.iterdir())}
+        for name, content in (("config.json", model_config(state)), ("state.json", state | {"sha256": dict(sums)})):
+            (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            sums[name] = _sha256(folder / name)
+        lines = "".join(f"{value}  {name}\n" for name, value in sums.items())
+        (folder / MARKER).write_text(lines, encoding="utf-8")
+        if (target / MARKER).is_file():  # stays complete, under a name that still counts, until the new one has its own
+            os.rename(target, target.with_name(f"{target.name}-replaced-{secrets.token_hex(4)}"))
+        elif target.exists():
+            shutil.rmtree(target)
     return target
+
+
+def _save_file(tensors: dict[str, Tensor], file: Path) -> None:
+    try:
+        save_file(tensors, file, metadata={"format": "pt"})
+    except SafetensorError as error:
+        code = re.search(r"os error (\d+)", str(error))
+        number = int(code[1]) if code else errno.EIO
+        raise OSError(number, os.strerror(number), str(file)) from None
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def retain(run: Path, keep: int) -> None:
+    """Removes all but the newest `keep` complete checkpoints, and what interrupted saves and removals have left."""
+    complete = checkpoints(run)
+    steps = sorted({_step(folder) for folder in complete})[-keep:]
+    kept = {_step(folder): folder for folder in complete if _step(folder) in steps}
+    for folder in (run / "checkpoints").iterdir():
+        if folder in kept.values() or not folder.is_dir():
+            continue
+        if NAME.fullmatch(folder.name) or folder.name.startswith(".step-"):
+            (folder / MARKER).unlink(missing_ok=True)  # first: a half-removed checkpoint is not one
+            publish.fsync_path(folder)
+            shutil.rmtree(folder)
 
 
 def model_config(state: dict[str, Any]) -> dict[str, Any]:
@@ -74,22 +121,53 @@ def model_config(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _step(checkpoint: Path) -> int:
+    found = NAME.fullmatch(checkpoint.name)
+    assert found is not None
+    return int(found[1])
+
+
 def checkpoints(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(file.parent for file in (run / "checkpoints").glob("step-*/state.json"))
+    found = [file.parent for file in (run / "checkpoints").glob(f"step-*/{MARKER}") if NAME.fullmatch(file.parent.name)]
+    return sorted(found, key=lambda folder: (_step(folder), "replaced" not in folder.name))
+
+
+def damage(checkpoint: Path, only: str | None = None) -> str | None:
+    """The first file (or whether `only`) of a checkpoint is not as it was saved, as half a sentence; None if all are."""
+    try:
+        *lines, rest = (checkpoint / MARKER).read_text(encoding="ascii").split("\n")
+        sums = dict(reversed(line.split("  ")) for line in lines)
+        missing = {only or "model.safetensors", "config.json", "state.json"} - set(sums)
+        if missing or rest:
+            return f"{checkpoint / MARKER} is damaged: it does not name {min(missing, default='whole lines')}"
+        for name, expected in sums.items():
+            if only in (None, name) and (Path(name).name != name or _sha256(checkpoint / name) != expected):
+                return f"{checkpoint / name} is damaged: its sha256 differs from the one saved with it"
+    except (OSError, ValueError) as error:
+        return f"{checkpoint} cannot be read: {error}"
+    return None
 
 
 def newest(run: Path) -> Path:
-    """The newest complete checkpoint. Raises CheckpointError where there is none."""
-    found = checkpoints(run)
-    if not found:
-        raise CheckpointError(f"{run} holds no checkpoint; train one first: xformer train --out {run}")
-    return found[-1]
+    """The newest complete checkpoint whose files are all as they were saved; says where a newer one is damaged.
+
+    Raises: CheckpointError where there is none.
+    """
+    found, reason = checkpoints(run), None
+    for checkpoint in reversed(found):
+        reason = damage(checkpoint)
+        if reason is None:
+            return checkpoint
+        say(f"{reason}; using an older checkpoint.")
+    if reason is not None:
+        raise CheckpointError(f"all {len(found)} checkpoints of {run} are damaged; the oldest: {reason}; train again.")
+    raise CheckpointError(f"{run} holds no checkpoint; train one first: xformer train --out {run}")
 
 
 def newest_run(folder: Path, stage: int) -> Path:
     """The run below `folder` of that stage whose newest checkpoint is the latest. Raises CheckpointError."""
-    states = sorted(folder.glob("*/checkpoints/step-*/state.json"), key=lambda file: file.stat().st_mtime, reverse=True)
+    states = sorted(folder.glob(f"*/checkpoints/step-*/{MARKER}"), key=lambda file: file.stat().st_mtime, reverse=True)
     for file in states:
         if read_state(file.parent)["stage"] == stage:
             return file.parents[2]
@@ -99,21 +177,23 @@ def newest_run(folder: Path, stage: int) -> Path:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    """What was saved beside the weights. Raises CheckpointError where it cannot be read."""
+    try:
+        return json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{checkpoint}/state.json cannot be read: {error}; use an older checkpoint.") from None
 
 
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
-    """One safetensors file of a checkpoint. Raises CheckpointError where its sha256 differs."""
-    file = checkpoint / name
+    """One safetensors file of a checkpoint. Raises CheckpointError where it is missing or damaged."""
+    if not (checkpoint / name).is_file():
+        raise CheckpointError(f"{checkpoint} holds no {name}.")
+    if reason := damage(checkpoint, name):
+        raise CheckpointError(f"{reason}; use an older one.")
     try:
-        found = hashlib.sha256(file.read_bytes()).hexdigest()
-        if found != read_state(checkpoint)["sha256"][name]:
-            raise CheckpointError(
-                f"{file} is damaged: its sha256 differs from the one saved with it; use an older one."
-            )
-        return load_file(file)
-    except (OSError, SafetensorError, KeyError) as error:
-        raise CheckpointError(f"{file} cannot be read: {error}") from None
+        return load_file(checkpoint / name)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{checkpoint / name} cannot be read: {error}") from None
 
 
 def load_model(checkpoint: Path, model: nn.Module, prefix: str = "", new: frozenset[str] = frozenset()) -> None:
@@ -149,10 +229,22 @@ def fill(
 
 
 def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Restores AdamW's moments by parameter name."""
-    moments = read_tensors(checkpoint, "optimizer.safetensors")
+    """Restores AdamW's moments by parameter name.
+
+    Raises: CheckpointError where the checkpoint holds none, as an imported one, or where those of a parameter are missing.
+    """
+    if not (checkpoint / "optimizer.safetensors").is_file():
+        raise CheckpointError(
+            f"{checkpoint} holds no optimiser state, so nothing can go on from it; start with --init."
+        )
+    saved: dict[str, dict[str, Tensor]] = {}
+    for key, value in read_tensors(checkpoint, "optimizer.safetensors").items():
+        name, _, kind = key.rpartition("/")
+        saved.setdefault(name, {})[kind] = value
+    without = read_state(checkpoint).get("without_moments", [])
     for name, parameter in model.named_parameters():
-        values = {k.rpartition("/")[2]: v for k, v in moments.items() if k.rpartition("/")[0] == name}
-        if values:
-            moved = {k: v if k == "step" else v.to(parameter.device) for k, v in values.items()}
-            optimizer.state[parameter] = moved
+        if not parameter.requires_grad or name in without:
+            continue
+        if set(saved.get(name, {})) != {"step", "exp_avg", "exp_avg_sq"}:
+            raise CheckpointError(f"{checkpoint} lacks optimiser state of {name}; use an older one.")
+        optimizer.state[parameter] = {k: v if k == "step" else v.to(parameter.device) for k, v in saved[name].items()}
