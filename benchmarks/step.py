@@ -105,11 +105,11 @@ def as_lavis(stage1: Stage1, batch: Batch) -> Tensor:
     same = torch.eye(b, dtype=torch.bool)
     temperature = stage1.temperature.clamp(0.001, 0.5)
     total = losses.itc(image, text, image, text, temperature, same, stage1.smoothing)
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.rand(2, b, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     with torch.no_grad():
         zeros = losses.similarity(image, text) * 0
-    negative_text, _ = losses.hard_negatives(zeros, same, draw)
-    negative_image, _ = losses.hard_negatives(zeros, same, draw)
+    negative_text, _ = losses.hard_negatives(zeros, same, draw[0])
+    negative_image, _ = losses.hard_negatives(zeros, same, draw[1])
     images, locals_ = (torch.cat([x, x[negative_image], x]) for x in (clip, local))
     all_ids, all_mask = torch.cat([ids, ids, ids[negative_text]]), torch.cat([mask, mask, mask[negative_text]])
     matched = bridge.qformer.joint(bridge.image_keys_values(images), all_ids, all_mask)

@@ -137,7 +137,7 @@ def damage(checkpoint: Path, only: str | None = None) -> str | None:
     """The first file (or whether `only`) of a checkpoint is not as it was saved, as half a sentence; None if all are."""
     try:
         *lines, rest = (checkpoint / MARKER).read_text(encoding="ascii").split("\n")
-        sums = dict(reversed(line.split("  ")) for line in lines)
+        sums = {name: value for value, name in (line.split("  ") for line in lines)}
         missing = {only or "model.safetensors", "config.json", "state.json"} - set(sums)
         if missing or rest:
             return f"{checkpoint / MARKER} is damaged: it does not name {min(missing, default='whole lines')}"

@@ -1,4 +1,8 @@
-"""The four losses of stage 1 as pure functions on tensors (X-Former, section 3.2; LAVIS blip2_qformer.py)."""
+"""The four losses of stage 1 as pure functions on tensors (X-Former, section 3.2; LAVIS blip2_qformer.py).
+
+Means are over samples that may be unequal in number on the ranks of one run: `count`, where given, is what a sum is
+divided by instead of this rank's own number (xformer/gather.py, mean_over_ranks).
+"""
 
 import torch
 from torch import Tensor
@@ -36,35 +40,36 @@ def itc(
     return -((targets * to_text.log_softmax(1)).sum(1) + (targets * to_image.log_softmax(1)).sum(1)).mean() / 2
 
 
-def hard_negatives(similarities: Tensor, same: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """One negative column per row, drawn from softmax(similarities).
+def hard_negatives(similarities: Tensor, same: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """One negative column per row, drawn from softmax(similarities) by inverting its distribution function.
 
     Args:
         similarities: [B, G], scaled by the temperature; zeros draw uniformly.
         same: bool [B, G], never drawn.
+        uniform: [B] in [0, 1), what decides each row; the same number and row draw the same on any number of ranks.
 
     Returns: columns int64 [B] and bool [B], false where a row has no eligible column.
     """
-    logits = similarities.float().masked_fill(same, float("-inf"))
+    logits = similarities.double().masked_fill(same, float("-inf"))
     eligible = ~same.all(1)
-    weights = torch.where(eligible[:, None], logits.softmax(1), torch.ones_like(logits))
-    weights = weights.masked_fill(same & eligible[:, None], 0).clamp(min=0)
-    weights = weights + (weights.sum(1, keepdim=True) == 0) * (~same)  # all eligible ones underflowed: draw evenly
-    columns = torch.multinomial(weights.cpu(), 1, generator=generator)[:, 0]
-    return columns.to(similarities.device), eligible
+    weights = torch.where(eligible[:, None], logits.softmax(1), torch.ones_like(logits)).cumsum(1)
+    aim = uniform.to(weights)[:, None] * weights[:, -1:]
+    columns = torch.searchsorted(weights, aim, right=True)[:, 0]  # right: never a column of weight 0
+    return columns.clamp(max=same.shape[1] - 1), eligible
 
 
-def itm(logits: Tensor, labels: Tensor) -> Tensor:
+def itm(logits: Tensor, labels: Tensor, count: Tensor | None = None) -> Tensor:
     """Image-text matching: logits [N, Q, 2] averaged over the queries, labels int64 [N]."""
-    return F.cross_entropy(full(logits.mean(1)), labels)
+    total = F.cross_entropy(full(logits.mean(1)), labels, reduction="sum")
+    return total / (len(labels) if count is None else count)
 
 
-def itg(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
+def itg(logits: Tensor, labels: Tensor, smoothing: float, count: Tensor | None = None) -> Tensor:
     """Image-grounded text generation: logits [B, T, V] for labels int64 [B, T], -100 = no loss; without any label 0."""
     total = F.cross_entropy(
         full(logits.flatten(0, 1)), labels.flatten(), ignore_index=-100, label_smoothing=smoothing, reduction="sum"
     )
-    return total / (labels != -100).sum().clamp(min=1)
+    return total / ((labels != -100).sum() if count is None else count).clamp(min=1)
 
 
 def patchify(pixels: Tensor, patch: int) -> Tensor:
@@ -74,7 +79,9 @@ def patchify(pixels: Tensor, patch: int) -> Tensor:
     return pixels.reshape(b, c, n, patch, n, patch).permute(0, 2, 4, 3, 5, 1).reshape(b, n * n, patch * patch * c)
 
 
-def reconstruction(predicted: Tensor, pixels: Tensor, kept: Tensor, patch: int, norm_pix: bool) -> Tensor:
+def reconstruction(
+    predicted: Tensor, pixels: Tensor, kept: Tensor, patch: int, norm_pix: bool, count: Tensor | None = None
+) -> Tensor:
     """The MAE loss: mean squared error on masked patches only (He et al. 2022; models_mae.py forward_loss).
 
     Args:
@@ -85,5 +92,5 @@ def reconstruction(predicted: Tensor, pixels: Tensor, kept: Tensor, patch: int, 
     target = patchify(full(pixels), patch)
     if norm_pix:
         target = (target - target.mean(-1, keepdim=True)) / (target.var(-1, keepdim=True) + 1e-6).sqrt()
-    masked = ~kept
-    return ((full(predicted) - target) ** 2).mean(-1)[masked].mean()
+    errors = ((full(predicted) - target) ** 2).mean(-1)[~kept]
+    return errors.sum() / (len(errors) if count is None else count)

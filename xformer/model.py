@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from xformer import losses
 from xformer.dual import DualCrossAttention
-from xformer.gather import gather, rank_and_world
+from xformer.gather import exchange_rows, gather, gather_texts, mean_over_ranks, rank_and_world
 from xformer.local import local_tokens, local_width, rebuilds
 from xformer.qformer import KeysValues, QFormer
 from xformer.reconstruction import FrozenDecoder
@@ -103,7 +103,7 @@ class Stage1(nn.Module):
 
         Args:
             hard: negatives from softmax(similarity) as BLIP-2, else drawn evenly.
-            generator: draws the negatives.
+            generator: draws the negatives; in the same state on every rank.
         """
         dtype = self.itm_head.weight.dtype  # the cache holds fp16
         clip = batch.clip.to(dtype)
@@ -121,23 +121,27 @@ class Stage1(nn.Module):
             "itc": losses.itc(image_embedding, text_embedding, all_images, all_texts, temperature, same, self.smoothing)
         }
         with torch.no_grad():
-            to_text = losses.similarity(image_embedding, all_texts) / temperature
-            to_image = losses.similarity(all_images, text_embedding).T / temperature
-        scale = 1.0 if hard else 0.0
-        negative_text, text_ok = losses.hard_negatives(to_text * scale, same, generator)
-        negative_image, image_ok = losses.hard_negatives(to_image * scale, same, generator)
-        logits, labels = self._match(batch, clip, local, image, negative_image, negative_text, image_ok, text_ok)
-        found["itm"] = losses.itm(logits, labels)
-
-        prefix = self.xformer.qformer.enhanced_prefix(enhanced) if self.itg_prefix == "enhanced" else own
+            scale = (1.0 if hard else 0.0) / temperature
+            to_text = losses.similarity(image_embedding, all_texts) * scale
+            to_image = losses.similarity(all_images, text_embedding).T * scale
+        uniform = torch.rand(2, len(rows), generator=generator, dtype=torch.float64)  # of the whole batch, any rank's
+        uniform = uniform.unflatten(1, (-1, len(batch.rows)))[:, rank_and_world()[0]].to(same.device)
+        negative_text, eligible = losses.hard_negatives(to_text, same, uniform[0])
+        negative_image, _ = losses.hard_negatives(to_image, same, uniform[1])
+        matched, labels = self._match(batch, clip, local, image, negative_image, negative_text, eligible)
         inputs, targets = generation_labels(batch.ids, batch.mask, self.begin)
-        found["itg"] = losses.itg(self.xformer.qformer.write(prefix, inputs, batch.mask), targets, self.smoothing)
+        masked = labels.new_zeros(()) if batch.kept is None else (~batch.kept).sum()
+        counts = mean_over_ranks(torch.stack([labels.new_tensor(len(labels)), (targets != -100).sum(), masked]))
+        found["itm"] = losses.itm(matched, labels, counts[0])
+        prefix = self.xformer.qformer.enhanced_prefix(enhanced) if self.itg_prefix == "enhanced" else own
+        written = self.xformer.qformer.write(prefix, inputs, batch.mask)
+        found["itg"] = losses.itg(written, targets, self.smoothing, counts[1])
         if self.decoder is not None and rebuilt is not None and batch.kept is not None and batch.pixels is not None:
             predicted = self.decoder(rebuilt, batch.kept)
             found["reconstruction"] = losses.reconstruction(
-                predicted, batch.pixels, batch.kept, self.decoder.patch, self.decoder.norm_pix
+                predicted, batch.pixels, batch.kept, self.decoder.patch, self.decoder.norm_pix, counts[2]
             )
-        guessed = logits.mean(1).argmax(1)
+        guessed = matched.mean(1).argmax(1)
         measured = {
             "itm_accuracy": (guessed == labels).float().mean(),
             "temperature": temperature.detach(),
@@ -148,47 +152,33 @@ class Stage1(nn.Module):
 
     def _match(
         self, batch: Batch, clip: Tensor, local: Tensor | None, image: list[KeysValues | None], negative_image: Tensor,
-        negative_text: Tensor, image_ok: Tensor, text_ok: Tensor,
+        negative_text: Tensor, eligible: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """ITM over the triples (I, T), (I-, T), (I, T-) in one pass: logits [N, Q, 2] and labels [N]."""
-        rank, world = rank_and_world()
-        b = len(batch.rows)
-        if world == 1:
-            other = [None if kv is None else (kv[0][negative_image], kv[1][negative_image]) for kv in image]
-            other_local = None if local is None else local[negative_image]
-        else:  # features are frozen: they are gathered without a gradient
-            other_local = None if local is None else gather(local)[negative_image]
-            other = self.xformer.image_keys_values(gather(clip)[negative_image], other_local)
-        ids, mask = _gather_texts(batch.ids, batch.mask)
-        keep = torch.cat([torch.ones_like(image_ok), image_ok, text_ok])
-        triples = [
-            None
-            if a is None or n is None
-            else (torch.cat([a[0], n[0], a[0]])[keep], torch.cat([a[1], n[1], a[1]])[keep])
-            for a, n in zip(image, other, strict=True)
-        ]
-        width = ids.shape[1]
-        own_ids, own_mask = (
-            F.pad(batch.ids, (0, width - batch.ids.shape[1])),
-            F.pad(batch.mask, (0, width - batch.mask.shape[1])),
-        )
-        all_ids = torch.cat([own_ids, own_ids, ids[negative_text]])[keep]
-        all_mask = torch.cat([own_mask, own_mask, mask[negative_text]])[keep]
-        matched = self.xformer.qformer.joint(triples, all_ids, all_mask)
-        if local is not None and other_local is not None:
-            local = torch.cat([local, other_local, local])[keep]
-        enhanced, _ = self.xformer.enhance(matched, local)
+        """ITM over the triples (I, T), (I-, T), (I, T-) in one pass: logits [N, Q, 2] and labels [N].
+
+        Negatives of other ranks: their texts are gathered, of their images only the chosen rows come over, as cached.
+        """
+        rank, b = rank_and_world()[0], len(batch.rows)
+        own = torch.arange(b, device=eligible.device)
+        chosen = torch.where(eligible, negative_image, own + rank * b)  # what is dropped need not be fetched
+        foreign, place = exchange_rows([x for x in (batch.clip, batch.mae) if x is not None], chosen)
+        if len(foreign[0]):
+            foreign = [x.to(clip.dtype) for x in foreign]
+            local = None if local is None else torch.cat([local, foreign[1]])
+            more = self.xformer.image_keys_values(foreign[0], None if local is None else foreign[1])
+            image = [
+                None if a is None or n is None else (torch.cat([a[0], n[0]]), torch.cat([a[1], n[1]]))
+                for a, n in zip(image, more, strict=True)
+            ]
+        keep = torch.cat([torch.ones_like(eligible), eligible, eligible])
+        images = torch.cat([own, place, own])[keep]  # the images of the triples, among own and foreign ones
+        triples = [None if kv is None else (kv[0][images], kv[1][images]) for kv in image]
+        ids, mask = gather_texts(batch.ids, batch.mask)
+        texts = torch.cat([own + rank * b, own + rank * b, negative_text])[keep]
+        matched = self.xformer.qformer.joint(triples, ids[texts], mask[texts])
+        enhanced, _ = self.xformer.enhance(matched, None if local is None else local[images])
         labels = torch.cat([torch.ones(b), torch.zeros(2 * b)]).long().to(keep.device)[keep]
         return self.itm_head(enhanced), labels
-
-
-def _gather_texts(ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """Texts of every rank, padded to the longest of all."""
-    if rank_and_world()[1] == 1:
-        return ids, mask
-    longest = int(gather(torch.tensor([ids.shape[1]], device=ids.device)).max())
-    pad = (0, longest - ids.shape[1])
-    return gather(F.pad(ids, pad)), gather(F.pad(mask, pad).long()).bool()
 
 
 def build_xformer(settings: Settings, model: str, vocabulary: int) -> XFormer:

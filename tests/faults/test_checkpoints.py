@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.faults.test_kills import ROOT, line
+from tests.faults.report import ROOT, line
 from xformer import checkpoint
 from xformer.errors import CheckpointError
 
@@ -172,10 +172,9 @@ def killed_saves(tmp_path: Path, kills: int) -> int:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     for _ in range(kills):
         child = subprocess.Popen([sys.executable, "-c", SAVING, str(run), str(step + 1)], env=environment, cwd=tmp_path)
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and not checkpoint.checkpoints(run):
-            time.sleep(0.005)
-        while time.monotonic() < deadline and checkpoint.checkpoints(run)[-1].name <= f"step-{step:08d}":
+        deadline = time.monotonic() + 300
+        newer = f"step-{step:08d}~"
+        while not any(c.name > newer for c in checkpoint.checkpoints(run)) and time.monotonic() < deadline:
             time.sleep(0.005)
         time.sleep(draw.uniform(0, 0.1))
         os.kill(child.pid, signal.SIGKILL)

@@ -22,17 +22,12 @@ from pipeline import commits, store, upkeep
 from pipeline.corpora import open_corpus
 from pipeline.extract import extract
 from tests.conftest import SHARED
+from tests.faults.report import ROOT, line
 from tests.pipeline.test_extract import shards
 from xformer.errors import StoreError
 from xformer.settings import load_settings
 
-ROOT = Path(__file__).resolve().parents[2]
 MINI = SHARED / "coco_mini"
-
-
-def line(fault: str, tried: int, survived: int) -> None:
-    print(f"\n{fault} | tried {tried} | survived {survived}")
-    assert survived == tried
 
 
 def command(*words: str, cwd: Path, code: str = "") -> subprocess.Popen:

@@ -41,7 +41,7 @@ def test_hard_negatives_follow_the_similarity_and_never_repeat_the_image() -> No
     drawn = torch.zeros(5, 5)
     generator = torch.Generator().manual_seed(0)
     for _ in range(500):
-        columns, eligible = losses.hard_negatives(similarities, same, generator)
+        columns, eligible = losses.hard_negatives(similarities, same, torch.rand(5, generator=generator))
         assert eligible.all()
         drawn[torch.arange(5), columns] += 1
     assert not (drawn[same] > 0).any()
@@ -51,13 +51,13 @@ def test_hard_negatives_follow_the_similarity_and_never_repeat_the_image() -> No
 
 def test_a_row_without_an_eligible_negative_is_told_and_not_nan() -> None:
     same = torch.ones(2, 2, dtype=torch.bool)
-    columns, eligible = losses.hard_negatives(torch.zeros(2, 2), same, torch.Generator().manual_seed(0))
+    columns, eligible = losses.hard_negatives(torch.zeros(2, 2), same, torch.rand(2))
     assert not eligible.any() and columns.shape == (2,)
 
 
 def test_extreme_similarities_still_draw_an_eligible_column() -> None:
     similarities = torch.tensor([[0.0, -1e5, -1e5], [-1e5, 0.0, 300.0], [0.0, 0.0, 0.0]])
-    columns, _ = losses.hard_negatives(similarities, torch.eye(3, dtype=torch.bool), torch.Generator().manual_seed(0))
+    columns, _ = losses.hard_negatives(similarities, torch.eye(3, dtype=torch.bool), torch.rand(3))
     assert columns[0] in (1, 2) and columns[1] == 2 and columns[2] in (0, 1)
 
 
