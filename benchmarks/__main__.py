@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.reader import reader
 from benchmarks.scoring import queries, scoring
 from xformer.console import say, table
 
@@ -76,50 +77,6 @@ def memory() -> dict:
     for name in ("extract", "train"):
         found[f"{name}, ratio"] = found[f"{name}, 10,000 images"] / found[f"{name}, 1,000 images"]
     table("peak memory (MiB)", ("", "peak"), found.items())
-    return found
-
-
-def reader() -> dict:
-    """Shuffled rows of 257 x 1408 fp16: our reader, a memory map (the limit), and zarr's own index lists."""
-    import numpy as np
-    import zarr
-
-    from pipeline.index import Index
-    from pipeline.store import FeatureArray, create_array, write_shard
-
-    rows, per_shard, shape = 512, 64, (257, 1408)
-    found: dict[str, float] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        store = Path(folder) / "s.zarr"
-        index = Index.__new__(Index)
-        index.folder, index.count, index.shard_rows, index.shards = store / "index", rows, per_shard, rows // per_shard
-        create_array(store, "clip/39/tokens", index, shape, "float16", {"a": 1}, {})
-        plain = np.lib.format.open_memmap(Path(folder) / "m.npy", "w+", np.float16, (rows, *shape))
-        draw = np.random.default_rng(0)
-        for shard in range(index.shards):
-            block = draw.standard_normal((per_shard, *shape), np.float32).astype(np.float16)
-            ids = [str(i) for i in range(per_shard)]
-            write_shard(store, "clip/39/tokens", index, shard, block, ids, [], 0.0)
-            plain[shard * per_shard : (shard + 1) * per_shard] = block
-        ours = FeatureArray(store, "clip/39/tokens", index)
-        theirs = zarr.open_array(store, path="clip/39/tokens", mode="r")
-        out = np.ones((64, *shape), np.float16)
-        readers = {
-            "memory map, np.take": lambda chosen: np.take(plain, chosen, 0, out=out, mode="clip"),
-            "ours, crc32c checked": lambda chosen: ours.read(chosen, out),
-            "zarr oindex": lambda chosen: theirs.oindex[chosen],
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in readers}
-        for _ in range(8):
-            chosen = draw.permutation(rows)[:64]
-            for name, read in readers.items():
-                began = time.perf_counter()
-                read(chosen)
-                seconds[name].append(time.perf_counter() - began)
-        for name, values in seconds.items():
-            found[f"{name} (GB/s)"] = out.nbytes / 1e9 / statistics.median(values)
-    found["ours : memory map"] = found["ours, crc32c checked (GB/s)"] / found["memory map, np.take (GB/s)"]
-    table("reading shuffled rows", ("", "value"), found.items())
     return found
 
 
