@@ -42,3 +42,25 @@ def test_constants_on_the_whole_of_gvtbench(tmp_path: Path) -> None:
         scores = json.loads((tmp_path / name / "scores.json").read_text())["scores"]
         assert scores["constant answer"]["official"]["overall"] == constant
         assert scores[str(given)]["strict"]["overall"] in (constant, round(100 - constant, 2))
+
+
+@pytest.mark.skipif(not (SHARED / "text").is_dir(), reason="the real questions are not here")
+def test_made_up_predictions_score_by_both_scorers(tmp_path: Path) -> None:
+    """Real questions and answers, predictions from a seed; every question against a second implementation of the rules."""
+    from benchmarks.predictions import make_up
+    from tests.xformer.test_vqa_rules import score
+    from xformer.evaluation import vqav2
+
+    truth = SHARED / "text/vqa2_subset_annotations.json.gz"
+    questions = SHARED / "text/vqa2_subset_questions.json.gz"
+    given = tmp_path / "made-up.json"
+    make_up(truth, given)
+    line = ["eval", "vqav2", "--results", str(given), "--questions", str(questions), "--annotations", str(truth)]
+    main([*line, "--out", str(tmp_path / "out")])
+    report = json.loads((tmp_path / "out/scores.json").read_text())
+    assert report["n"] == 8972
+    answers = [row["answer"] for row in json.loads(given.read_text())]
+    for scorer in ("official", "lavis"):
+        pairs = zip(answers, vqav2.load(questions, truth), strict=True)
+        plain = [score(answer, row["answers"], scorer) for answer, row in pairs]
+        assert report["scores"][str(given)][scorer]["overall"] == pytest.approx(100 * sum(plain) / 8972, abs=0.005)

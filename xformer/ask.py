@@ -15,8 +15,6 @@ from xformer.settings import Settings
 from xformer.stage2 import Stage2
 from xformer.train import compare_identities
 
-CAPTION = {"max_new_tokens": 30, "length_penalty": 1.0}  # BLIP-2's caption evaluation (LAVIS caption_coco_opt*.yaml)
-
 
 def _open(run: Path, store: Path, overrides: list[str]):
     stage2, state, settings = load_stage2(run, overrides)
@@ -53,7 +51,7 @@ def caption(run: Path, store: Path, pictures: list[Path], as_lines: bool, overri
     """
     stage2, settings, cache, dead = _open(run, store, overrides)
     rows = [row for row in range(len(pictures)) if row not in dead]
-    decoding, found = settings.eval.model_copy(update=CAPTION), []
+    decoding, found = settings.eval.for_captions(), []
     for start in range(0, len(rows), settings.eval.batch):
         part = rows[start : start + settings.eval.batch]
         soft = _soft_prompt(stage2, cache, np.array(part), settings)

@@ -166,11 +166,19 @@ class Stage2(Recipe):
     weights: Stage2Weights
 
 
+class Captions(Section):
+    min_new_tokens: Whole
+    max_new_tokens: Count
+    length_penalty: float
+
+
 class Eval(Section):
     prompt: str
     beams: Count
     length_penalty: float
+    min_new_tokens: Whole = 1  # this and `captions` may be missing in the settings of an older run
     max_new_tokens: Count
+    captions: Captions = Captions(min_new_tokens=8, max_new_tokens=30, length_penalty=1.0)
     batch: Count
     draw: Whole
     mask_ratio: Annotated[float, Field(ge=0, lt=1)] | None
@@ -181,6 +189,18 @@ class Eval(Section):
         if self.prompt.count("{}") != 1:
             raise ValueError(f"prompt must hold one {{}} for the question, not {self.prompt!r}")
         return self
+
+    @model_validator(mode="after")
+    def _lengths_ordered(self) -> "Eval":
+        for length in (self, self.captions):
+            if length.min_new_tokens > length.max_new_tokens:
+                low, high = length.min_new_tokens, length.max_new_tokens
+                raise ValueError(f"min_new_tokens ({low}) must not be above max_new_tokens ({high})")
+        return self
+
+    def for_captions(self) -> "Eval":
+        """The same with the lengths of captions instead of short answers."""
+        return self.model_copy(update=dict(self.captions))
 
 
 class Settings(Section):

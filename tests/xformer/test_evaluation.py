@@ -63,7 +63,8 @@ def test_gqa_and_its_baselines(features: Path, corpus: Path, stage2: Path, tmp_p
     shown = json.loads((tmp_path / "answers.json").read_text())
     assert {row["answers"]["xformer"] for row in shown} == {row["prediction"] for row in given}
     page = (tmp_path / "page.html").read_text()
-    assert page.count('<img src="data:image/png') == 9 and "By category" in page
+    assert page.count('<img src="data:image/png') == 9
+    assert all(f"By category: {kind}" in page for kind in ("structural", "semantic"))  # the paper's Figure 5
 
 
 def test_captions_of_a_model(
@@ -77,6 +78,10 @@ def test_captions_of_a_model(
     assert set(given[0]) == {"image_id", "caption"} and len(given) == 4
     report = json.loads((tmp_path / "scores.json").read_text())
     assert "LLM given a true caption" not in report["scores"] and report["eval"]["prompt"] == ""
+    assert (report["eval"]["min_new_tokens"], report["eval"]["length_penalty"]) == (
+        8,
+        1.0,
+    )  # not those of short answers
 
 
 def test_a_killed_evaluation_goes_on_and_ends_the_same(
@@ -112,6 +117,8 @@ def test_a_killed_evaluation_goes_on_and_ends_the_same(
     assert len(calls) == 7  # nothing left to ask
     main([*line, "--prompt", "Another {}", "--out", str(tmp_path / "cut")])
     assert len(calls) == 12  # another prompt shares no answers
+    main([*line, "--set", "llm.autocast=bf16", "--out", str(tmp_path / "cut")])
+    assert len(calls) == 17  # nor does another precision
 
 
 def test_two_runs_are_compared(
@@ -177,6 +184,28 @@ def test_retrieval_with_a_model(features: Path, corpus: Path, stage1: Path, tmp_
     main([*again, "--results", str(tmp_path / "results.json")])  # the rankings it wrote score the same
     scored = json.loads((tmp_path / "again/scores.json").read_text())["scores"][str(tmp_path / "results.json")]
     assert scored == report["scores"]["xformer"]
+
+
+@pytest.mark.parametrize("name", ["xformer", "qformer", "concat", "early"])
+def test_matching_is_what_training_scores(name: str) -> None:
+    """Every system: one image beside several texts gives the ITM logits of the same pairs one by one."""
+    import torch
+
+    from xformer.evaluation.rank import match
+    from xformer.model import Stage1, build_xformer
+    from xformer.settings import load_settings
+
+    torch.manual_seed(0)
+    stage1 = Stage1(build_xformer(load_settings(), name, 60), None, 96, 64, 0, "layerwise", 0.0).eval()
+    clip, local = torch.randn(1, 17, 96), None if name == "qformer" else torch.randn(1, 17, 96)
+    ids, mask = torch.randint(1, 60, (3, 5)), torch.ones(3, 5, dtype=torch.bool)
+    with torch.inference_mode():
+        found = match(stage1, clip, local, ids, mask)
+        for i in range(3):
+            image = stage1.xformer.image_keys_values(clip, local)
+            queries = stage1.xformer.qformer.joint(image, ids[i : i + 1], mask[i : i + 1])
+            want = stage1.itm_head(stage1.xformer.enhance(queries, local)[0])[0, :, 1].mean()
+            torch.testing.assert_close(found[i], want)
 
 
 def test_reranking_by_hand(features: Path, stage1: Path) -> None:

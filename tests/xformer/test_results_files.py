@@ -1,6 +1,7 @@
 """Score-only mode: anyone's predictions, without a model and without torch; every bad file is one sentence and no score."""
 
 import gzip
+import importlib.util
 import json
 import subprocess
 import sys
@@ -206,7 +207,7 @@ def test_retrieval_rankings(tmp_path: Path, capsys: pytest.CaptureFixture) -> No
     assert "no results file" in fails(capsys, "diversity", "--results", given)
 
 
-@pytest.mark.parametrize("java", [True, False])
+@pytest.mark.parametrize("java", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_captions(java: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("pycocoevalcap.cider.cider", reason="the extra `captions` is not installed")
     import shutil
@@ -240,13 +241,52 @@ def test_captions_without_the_extra(
 
 
 def test_scoring_imports_no_torch(tmp_path: Path) -> None:
-    given = write(tmp_path / "r.json", results("vqav2", ["yes", "2"]))
-    line = ["eval", "vqav2", *truth(tmp_path, "vqav2"), "--results", given, "--out", str(tmp_path / "out")]
-    code = (
-        f"import sys\nfrom cli import main\nmain({line!r})\nprint([m for m in ('torch', 'zarr') if m in sys.modules])"
-    )
+    """Every benchmark that can be scored from a results file, in one fresh process."""
+    lines = []
+    rankings = {"image_to_text": {"1": [0, 1, 2, 3], "2": [1, 2, 3, 0]},
+                "text_to_image": {str(i): ["1", "2"] for i in range(4)}}  # fmt: skip
+    given: dict[str, Any] = {name: results(name, answers) for name, answers in RIGHT.items()}
+    given |= {"retrieval": rankings, "coco-caption": [{"image_id": i, "caption": "a dog"} for i in (1, 2)]}
+    for name, content in given.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        file = write(folder / "r.json", content)
+        if name != "coco-caption" or importlib.util.find_spec("pycocoevalcap"):
+            lines.append(["eval", name, *truth(folder, name), "--results", file, "--out", str(folder / "out")])
+    code = f"""import os, sys
+os.environ["PATH"] = ""  # without Java, which takes long to start
+from cli import main
+for line in {lines!r}:
+    main([*line, "--quiet"])
+print([m for m in ("torch", "zarr", "transformers", "timm", "accelerate") if m in sys.modules])"""
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
+    assert all((tmp_path / line[1] / "out/scores.json").is_file() for line in lines)
+
+
+def test_files_that_a_benchmark_does_not_read_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    options = truth(tmp_path, "oc")
+    given = ["--results", write(tmp_path / "r.json", results("oc", RIGHT["oc"]))]
+    assert "oc reads --questions" in fails(capsys, "oc", *options, "--annotations", options[1], *given)
+    assert "reads --annotations" in fails(capsys, "coco-caption", *options, *given)
+    assert "diversity reads no file" in fails(capsys, "diversity", *options)
+    assert "only one scorer" in fails(capsys, "retrieval", "--scorer", "official")
+
+
+def test_a_limit_scores_the_first_questions(tmp_path: Path) -> None:
+    given = write(tmp_path / "r.json", results("vqav2", ["yes", "wrong"]))
+    line = ["eval", "vqav2", *truth(tmp_path, "vqav2"), "--results", given, "--limit", "1"]
+    main([*line, "--out", str(tmp_path / "out")])
+    found = json.loads((tmp_path / "out/scores.json").read_text())
+    assert (found["n"], found["of"], found["scores"][given]["official"]["overall"]) == (1, 2, 100.0)
+
+
+def test_gqa_without_a_balanced_question(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    options = truth(tmp_path, "gqa")
+    rows = {key: row | {"isBalanced": False} for key, row in json.loads(Path(options[1]).read_text()).items()}
+    write(tmp_path / "q.json", rows)
+    given = write(tmp_path / "r.json", results("gqa", RIGHT["gqa"]))
+    assert "no balanced question" in fails(capsys, "gqa", *options, "--results", given, "--out", str(tmp_path / "out"))
 
 
 def test_the_page_escapes_what_is_not_ours(tmp_path: Path) -> None:

@@ -63,8 +63,14 @@ def test_the_two_scorers_differ_where_the_truth_says_so() -> None:
     assert vqa.score_question("Two", same, "official") == 0.0
     mixed = ["two"] * 9 + ["3"]
     assert vqa.score_question("2", mixed, "official") == 1.0 and vqa.score_question("2", mixed, "lavis") == 0.0
-    spaced = ["no!"] * 10  # lavis strips the truth's punctuation, to "no " with its space
-    assert vqa.score_question("no", spaced, "lavis") == 0.0 and vqa.score_question("no!", spaced, "official") == 1.0
+    shout = ["no!"] * 10  # ten equal answers keep their punctuation in both scorers
+    assert vqa.score_question("no!", shout, "lavis") == 0.0 and vqa.score_question("no!", shout, "official") == 1.0
+    comma = ["red, white"] * 9 + ["red"]
+    assert vqa.score_question("Red, white.", comma, "lavis") == 1.0  # stripped, since they are not all the same
+    assert vqa.score_question("Red, white.", comma[:9] + comma[:1], "lavis") == 0.0
+    spaced = ["no!"] * 9 + ["no"]  # "no!" becomes "no " with its space, which equals nothing
+    assert vqa.score_question("no", spaced, "lavis") == pytest.approx(0.3)
+    assert vqa.score_question("no", spaced, "official") == 1.0
 
 
 def test_vqa_by_type() -> None:
@@ -125,7 +131,9 @@ def test_gqa_without_what_it_needs_says_so() -> None:
         ("Two", 0, 2),  # the official replacement is case-sensitive
         ("someone 3", 1, 3),  # and works inside words: some1
         ("none", 0, 0),
-        ("nine", 0, None),  # its words end at eight
+        ("nine", 0, 9),  # the script spells it "nive"
+        ("universe", 9, None),  # which it finds inside words
+        ("zero", 0, 0),
         ("12 or 13", 12, 12),
         ("", 0, None),
     ],

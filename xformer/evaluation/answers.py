@@ -18,7 +18,6 @@ from xformer.settings import Eval, Settings
 from xformer.train import compare_identities
 
 Row = dict[str, Any]
-CAPTION_PENALTY = 1.0  # LAVIS blip2_opt.generate's default; X-Former's 0 is for short answers
 
 
 @dataclass(frozen=True)
@@ -50,8 +49,9 @@ def answer(
     found, captions = rows_of_images(cache, [str(row["image_id"]) for row in rows])
     places = np.array(found)
     prompts = [chosen.prompt.replace("{}", row["question"]) for row in rows]
-    frozen = {"llm": settings.llm.weights, "eval": chosen.model_dump(mode="json")}
-    weights = {"weights": state["sha256"]["model.safetensors"], "features": state["identities"]}
+    frozen = {"llm": stage2.llm.sha256, "autocast": settings.llm.autocast, "eval": chosen.model_dump(mode="json")}
+    reads = [array.attributes["usage"] for array in cache.mae]  # mask ratio, seed, and view of each draw
+    weights = {"weights": state["sha256"]["model.safetensors"], "features": cache.identities(), "reads": reads}
     rank = rank_and_world()[0]
 
     def journal(what: Any) -> Journal:
@@ -84,12 +84,8 @@ def answer(
 def _eval_settings(settings: Settings, wanted: Wanted) -> Eval:
     """The generation settings of this benchmark; captions go on after the prompt that stage 2 was trained with."""
     if wanted.captions:
-        update = {
-            "prompt": settings.llm.prompt if wanted.prompt is None else wanted.prompt,
-            "max_new_tokens": settings.stage2.max_text,
-            "length_penalty": CAPTION_PENALTY,
-        }
-        return settings.eval.model_copy(update=update)
+        prompt = settings.llm.prompt if wanted.prompt is None else wanted.prompt
+        return settings.eval.for_captions().model_copy(update={"prompt": prompt})
     if wanted.prompt is not None and wanted.prompt.count("{}") != 1:
         raise SettingsError(f"--prompt {wanted.prompt!r}: must hold one {{}}, where the question goes.")
     return settings.eval if wanted.prompt is None else settings.eval.model_copy(update={"prompt": wanted.prompt})

@@ -38,6 +38,7 @@ def complete(
         attention_mask=seen.long(),
         num_beams=settings.beams,
         length_penalty=settings.length_penalty,
+        min_new_tokens=settings.min_new_tokens,
         max_new_tokens=settings.max_new_tokens,
         do_sample=False,
         eos_token_id=llm.newline,

@@ -47,6 +47,8 @@ def load(questions: Path, choices: Path | None) -> list[dict[str, Any]]:
                 "choices": given,
             }
         )
+    if not any(row["balanced"] for row in rows):
+        raise EvaluationError(f"{where}: holds no balanced question, and only those are scored.")
     return rows
 
 

@@ -14,6 +14,8 @@ from xformer.evaluation.files import need, read_json
 from xformer.evaluation.vqa import percent
 
 NUMBER_WORDS = ("none", "one", "two", "three", "four", "five", "six", "seven", "eight")
+OFFICIAL_WORDS = (*NUMBER_WORDS, "nive")  # the script's own spelling of nine (gvt/modules/evaluations/count.py)
+STRICT_WORDS = {word: i for i, word in enumerate((*NUMBER_WORDS, "nine", "ten"))} | {"zero": 0}
 
 
 def load(questions: Path) -> list[dict[str, Any]]:
@@ -52,9 +54,8 @@ def load_rows(questions: Path, name: str) -> list[dict[str, Any]]:
 
 
 def count_official(text: str) -> int:
-    """The official script: number words none..eight are replaced case-sensitively, even inside words; the first number,
-    else 0."""
-    for value, word in enumerate(NUMBER_WORDS):
+    """The official script: its number words are replaced case-sensitively, even inside words; the first number, else 0."""
+    for value, word in enumerate(OFFICIAL_WORDS):
         text = text.replace(word, str(value))
     found = re.search(r"\d+", text)
     return int(found.group()[:18]) if found else 0
@@ -65,8 +66,8 @@ def count_strict(text: str) -> int | None:
     for word in re.findall(r"[a-z]+|\d+", text.lower()):
         if word.isdigit():
             return int(word[:18])
-        if word in NUMBER_WORDS:
-            return NUMBER_WORDS.index(word)
+        if word in STRICT_WORDS:
+            return STRICT_WORDS[word]
     return None
 
 

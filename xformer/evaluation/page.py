@@ -12,6 +12,7 @@ from typing import Any
 
 MAX_ROWS = 120
 THUMBNAIL = 224  # pixels
+MAX_BARS = 16  # categories
 BASELINES = re.compile(r"constant answer|blind LLM|LLM given a true caption|.* with shuffled images")
 COLOURS = ("#9ca3af", "#c4a484", "#0f766e", "#7c3aed", "#c2410c", "#1d4ed8", "#be185d", "#15803d")
 STYLE = """
@@ -51,7 +52,7 @@ def answers_page(report: dict[str, Any], part: str, rows: list[dict[str, Any]], 
     body = [
         f"<h1>{escape(report['title'])}</h1><p class=note>{escape(note)}</p>",
         score_table(scores, report["paper"]["numbers"]),
-        _bars(scores, part),
+        *[_bars(scores, each) for each in _parts(scores, part)],
         f"<h2>Where the answers differ most</h2><p class=note>The first {len(chosen)} of {len(rows)} questions, sorted by "
         "disagreement: first those on which the scores of the answers lie furthest apart. Right answers are green.</p>",
         "<div class=cards>",
@@ -117,13 +118,19 @@ def by_disagreement(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return sorted(rows, key=key)
 
 
+def _parts(scores: dict[str, dict[str, Any]], part: str) -> list[str]:
+    """The scores by category that are drawn: the benchmark's own, then all others of few categories."""
+    found = next(iter(scores.values()))
+    others = [key for key in found if key.startswith("per_") and key != part and len(found[key]) <= MAX_BARS]
+    return [key for key in (part, *others) if isinstance(found.get(key), dict)]
+
+
 def _bars(scores: dict[str, dict[str, Any]], part: str) -> str:
-    kinds = next(iter(scores.values())).get(part)
-    if not isinstance(kinds, dict):
-        return ""
+    kinds = next(iter(scores.values()))[part]
     values = [v for found in scores.values() for v in found[part].values() if not isinstance(v, str)]
     longest = max([100.0, *values])
-    out = ["<h2>By category</h2><div class=bars>"]
+    name = part.removeprefix("per_").replace("_", " ")
+    out = [f"<h2>By category: {escape(name)}</h2><div class=bars>"]
     for kind in kinds:
         out.append(f"<div><h3>{escape(kind)}</h3>")
         for i, (name, found) in enumerate(scores.items()):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xformer import publish
 from xformer.checkpoint import newest_run
-from xformer.console import progress
+from xformer.console import progress, say
 from xformer.data import Cache
 from xformer.errors import EvaluationError
 from xformer.evaluation import retrieval, tables
@@ -52,6 +52,7 @@ def evaluate_retrieval(request: Request, open_store: Open) -> dict[str, Any]:
     report["scores"] = {"chance": retrieval.chance(data)} | {key: found for key, (found, _) in systems.items()}
     publish.write_json(request.out / "results.json", retrieval.write_rankings(rankings[name], data))
     tables.report_retrieval(request.out, report)
+    say(f"and results.json (the rankings of {name})")
     return report
 
 
@@ -147,9 +148,9 @@ def match(stage1: Stage1, clip: Tensor, local: Tensor | None, ids: Tensor, mask:
     Args:
         clip: [B or 1, N, Wc]; local: [B or 1, V, Wm]; one image is compared with all texts.
     """
-    image = stage1.xformer.image_keys_values(clip)
     image = [
-        None if kv is None else (kv[0].expand(len(ids), -1, -1, -1), kv[1].expand(len(ids), -1, -1, -1)) for kv in image
+        None if kv is None else (kv[0].expand(len(ids), -1, -1, -1), kv[1].expand(len(ids), -1, -1, -1))
+        for kv in stage1.xformer.image_keys_values(clip, local)
     ]
     local = None if local is None else local.expand(len(ids), -1, -1)
     enhanced, _ = stage1.xformer.enhance(stage1.xformer.qformer.joint(image, ids, mask), local)

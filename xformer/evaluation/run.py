@@ -15,7 +15,7 @@ from xformer.evaluation import page, retrieval, tables
 from xformer.evaluation.files import match, read_results
 from xformer.evaluation.intervals import interval, paired
 from xformer.evaluation.paper import PAPER
-from xformer.evaluation.suite import SHAPES, SUITE, Benchmark, Files, Row
+from xformer.evaluation.suite import READS, SHAPES, SUITE, Benchmark, Files, Row
 
 # What the shapes corpus asks where it has no such benchmark.
 STAND_INS = {
@@ -50,9 +50,7 @@ def evaluate(request: Request, open_store: Open) -> dict[str, Any]:
 
     Raises: EvaluationError, StoreError, CheckpointError, SettingsError.
     """
-    if request.scorer and request.benchmark in SUITE and request.scorer not in SUITE[request.benchmark].scorers:
-        allowed = ", ".join(SUITE[request.benchmark].scorers)
-        raise EvaluationError(f"--scorer {request.scorer}: {request.benchmark} has {allowed}.")
+    _refuse_what_is_not_read(request)
     if request.benchmark == "retrieval" and request.results is not None:
         return _score_rankings(request, request.results)
     if request.benchmark == "diversity" and request.results is not None:
@@ -66,6 +64,20 @@ def evaluate(request: Request, open_store: Open) -> dict[str, Any]:
 
         return evaluate_diversity(request, open_store)
     return _evaluate_answers(request, SUITE[request.benchmark], open_store)
+
+
+def _refuse_what_is_not_read(request: Request) -> None:
+    """Raises EvaluationError for a scorer that a benchmark does not have, and a file that it does not read."""
+    scorers = SUITE[request.benchmark].scorers if request.benchmark in SUITE else ()
+    if request.scorer and request.scorer not in scorers:
+        raise EvaluationError(
+            f"--scorer {request.scorer}: {request.benchmark} has {', '.join(scorers) or 'only one scorer'}."
+        )
+    reads = READS[request.benchmark]
+    for name, path in vars(request.files).items():
+        if path is not None and name not in reads:
+            wanted = " and ".join(f"--{option}" for option in reads) or "no file"
+            raise EvaluationError(f"--{name} {path}: {request.benchmark} reads {wanted}.")
 
 
 def _score_rankings(request: Request, results: Path) -> dict[str, Any]:
@@ -143,15 +155,16 @@ def _compare(ours: list[float], theirs: list[float]) -> dict[str, Any]:
 def _given(request: Request, benchmark: Benchmark, rows: list[Row]) -> tuple[list[Row], dict[str, list[str]]]:
     """The rows that every given results file answers, and the answers."""
     keys = [row["key"] for row in rows]
+    asked = set(keys)
     optional = frozenset(row["key"] for row in rows if not row.get("balanced", True))
     found: dict[str, dict[Any, str]] = {}
     for file in (request.results, request.against):
         if file is not None:
             pairs = read_results(file, benchmark.keys)
             if request.limit:
-                pairs = [pair for pair in pairs if pair[0] in set(keys)]
+                pairs = [pair for pair in pairs if pair[0] in asked]
             found[str(file)] = match(pairs, keys, f"--results {file}", request.allow_partial, optional)
-    answered = set(keys).intersection(*(set(known) for known in found.values()))
+    answered = asked.intersection(*(set(known) for known in found.values()))
     kept = [row for row in rows if row["key"] in answered]
     if not kept:
         raise EvaluationError(

@@ -35,6 +35,17 @@ class Benchmark:
 
 
 SHAPES = Path("shapes/val")
+READS = {  # the files of each benchmark; another one would be passed over in silence
+    "vqav2": ("questions", "annotations"),
+    "okvqa": ("questions", "annotations"),
+    "gqa": ("questions", "choices"),
+    "oc": ("questions",),
+    "mci": ("questions",),
+    "coco-caption": ("annotations",),
+    "nocaps": ("annotations",),
+    "retrieval": ("annotations",),
+    "diversity": (),
+}
 VQA, GVT = ("question_id", "answer"), ("question_id", "answer")
 
 

@@ -79,4 +79,4 @@ def report_retrieval(out: Path, report: dict[str, Any]) -> None:
         low, high = found["interval"]
         change = f"{found['difference']:+.2f} ({low:+.2f} to {high:+.2f}), paired p = {found['p']:.4f}"
         say(f"against {found['than']}, {found['metric']}: {change}")
-    say(f"in {out}: scores.json, results.json (the rankings), page.html")
+    say(f"in {out}: scores.json, page.html")

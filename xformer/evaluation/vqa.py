@@ -1,7 +1,8 @@
 """The evaluator of VQAv2 and OK-VQA: the official one (GT-Vision-Lab/VQA, vqaEval.py) and LAVIS's older copy of it.
 
-`official` normalises prediction and ground truth, but only where the ten answers are not all the same. `lavis` (used
-for BLIP-2, and so for the paper's tables) always normalises the prediction and strips only punctuation from the truth.
+`official` normalises prediction and ground truth, but only where the ten answers are not all the same. `lavis`
+(lavis/common/vqa_tools/vqa_eval.py, used for BLIP-2 and so for the paper's tables) always normalises the prediction, and
+strips only punctuation from the truth, that too only where the ten answers are not all the same.
 """
 
 import re
@@ -70,15 +71,13 @@ def clean(text: str) -> str:
     return text.replace("\n", " ").replace("\t", " ").strip()
 
 
+_strip_punctuation = lru_cache(maxsize=1 << 18)(strip_punctuation)
+
+
 @lru_cache(maxsize=1 << 18)
 def normalise(text: str) -> str:
     """The whole normalisation, in the evaluator's order."""
     return normalise_words(strip_punctuation(clean(text)))
-
-
-@lru_cache(maxsize=1 << 18)
-def _without_punctuation(text: str) -> str:
-    return strip_punctuation(clean(text))
 
 
 def score_question(prediction: str, answers: list[str], scorer: str) -> float:
@@ -88,7 +87,8 @@ def score_question(prediction: str, answers: list[str], scorer: str) -> float:
         scorer: "official" or "lavis".
     """
     if scorer == "lavis":
-        matches = sum(_without_punctuation(a) == normalise(prediction) for a in answers)
+        truths = map(_strip_punctuation, answers) if len(set(answers)) > 1 else answers
+        matches = sum(truth == normalise(prediction) for truth in truths)
     else:
         cleaned = [clean(a) for a in answers]
         if len(set(cleaned)) > 1:
