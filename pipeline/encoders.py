@@ -121,8 +121,9 @@ class MaeEncoder:
         noise = torch.arange(self.patches, dtype=torch.float32).repeat(len(batch), 1) + self.patches
         noise.scatter_(1, torch.from_numpy(kept), torch.from_numpy(kept).float())  # kept ones come first, in order
         config = self.model.config
-        config.mask_ratio = 1 - kept.shape[1] / self.patches
-        assert int(self.patches * (1 - config.mask_ratio)) == kept.shape[1]
+        config.mask_ratio = (
+            1 - (kept.shape[1] + 0.5) / self.patches
+        )  # it truncates: half a patch more survives rounding
         dtype = AUTOCAST[self.settings.autocast]
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
             output = self.model.vit(batch, noise=noise.to(self.device))

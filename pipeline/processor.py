@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from pipeline.store import FeatureStore, first_difference
+from pipeline.store import FeatureStore, first_misfit
 from pipeline.temporary import model_config, picture_store
 from xformer.errors import CorpusError, StoreError
 from xformer.local import local_tokens, mask_ratio
@@ -40,8 +40,7 @@ class XFormerProcessor:
         found = {}
         for name, place in names.items():
             array, trained = store.complete(place), self.config["identities"].get(name, {})
-            known = {key: value for key, value in array.attributes["identity"].items() if key in trained}
-            if difference := first_difference(trained, known):
+            if difference := first_misfit(trained, array.attributes["identity"]):
                 raise StoreError(f"{self.folder}: {name} {difference}; use the encoder that it was trained with.")
             if dead := {d["row"]: d["reason"] for d in store.index.dead()} | array.dead:
                 raise CorpusError(f"{pictures[min(dead)]}: {dead[min(dead)]}.")

@@ -46,6 +46,16 @@ def first_difference(have: dict[str, Any], want: dict[str, Any]) -> str | None:
     return None
 
 
+def first_misfit(trained: dict[str, Any], found: dict[str, Any]) -> str | None:
+    """The first field in which features differ from those that a checkpoint was trained on; None where they fit.
+
+    An imported checkpoint knows fewer fields. Exact values (fp16) fit one that was trained on their int8 approximation.
+    """
+    known = {key: value for key, value in found.items() if key in trained}
+    exact = {"quantiser": "fp16"} if known.get("quantiser") == "fp16" else {}
+    return first_difference(trained | exact, known)
+
+
 @contextmanager
 def owner(store: Path) -> Iterator[None]:
     """One writer per store, machine-wide. Raises StoreError at once where another one is at work."""

@@ -57,6 +57,7 @@ def show(run: Path, store: Path, pictures: list[Path], out: Path, overrides: lis
     panels = _panels(settings, model, features.pixels, kept, local, rebuilt)
     similar = query_similarity(enhanced)
     out.mkdir(parents=True, exist_ok=True)
+    stems = [picture.stem for picture in pictures]
     files = []
     for i, picture in enumerate(pictures):
         own = None if kept is None else kept[i]
@@ -65,7 +66,8 @@ def show(run: Path, store: Path, pictures: list[Path], out: Path, overrides: lis
             count = maps["local"].shape[-1] - 1 if own is None else len(own)
             name = "MAE patches" if settings.local.tokens == "mae" else f"patches of CLIP block {settings.local.layer}"
             rows[name] = grids(maps["local"][i], count, own)
-        files.append(out / f"{picture.stem}-{model}.png")
+        name = picture.stem if stems.count(picture.stem) == 1 else f"{picture.stem}-{i + 1}"
+        files.append(out / f"{name}-{model}.png")
         _draw(files[-1], picture, {k: v[i] for k, v in panels.items()}, similar[i].numpy(), rows)
         say(f"{picture} -> {files[-1]}")
     return files

@@ -196,9 +196,8 @@ def _stage2_checkpoint(init: Path) -> Path:
 
 def compare_identities(theirs: dict[str, dict], ours: dict[str, dict], run: str, store: str) -> None:
     """Raises StoreError, naming the field, where features were made in another way than a checkpoint's."""
-    from pipeline.store import first_difference
+    from pipeline.store import first_misfit
 
     for encoder, identity in theirs.items():
-        known = {key: value for key, value in ours.get(encoder, {}).items() if key in identity}  # an import knows less
-        if difference := first_difference(identity, known):
+        if difference := first_misfit(identity, ours.get(encoder, {})):
             raise StoreError(f"{store} does not fit {run}: {encoder} {difference}; extract with the same encoder.")

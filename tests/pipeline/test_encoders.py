@@ -63,6 +63,18 @@ def test_vit_h_of_two_blocks_gives_65_tokens_of_1280_and_decodes_588_pixels(tmp_
         MaeEncoder(wrong.mae, 64)
 
 
+def test_any_number_of_patches_may_stay(tmp_path: Path) -> None:
+    """Of 49 patches, shares that are no binary fractions: transformers truncates the count from a ratio."""
+    config = ViTMAEConfig(image_size=28, patch_size=4, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                          intermediate_size=8, decoder_hidden_size=8, decoder_num_hidden_layers=1,
+                          decoder_num_attention_heads=2, decoder_intermediate_size=8)  # fmt: skip
+    ViTMAEForPreTraining(config).save_pretrained(tmp_path / "mae")
+    mae = load_settings().mae.model_copy(update={"weights": f"{tmp_path}/mae", "patch": 4, "width": 8})
+    encoder, pixels = MaeEncoder(mae, 28), np.zeros((1, 3, 28, 28), np.uint8)
+    for count in range(1, 50):
+        assert encoder.encode(pixels, np.arange(count)[None]).shape == (1, 1 + count, 8)
+
+
 @pytest.mark.slow
 def test_the_full_sizes(tmp_path: Path) -> None:
     save_eva(tmp_path / "eva", 40)

@@ -58,6 +58,18 @@ def test_ask_is_what_eval_and_python_answer(corpus: Path, stage2: Path, tmp_path
     assert json.loads((tmp_path / "e/results.json").read_text())[0]["answer"] == said
 
 
+def test_what_was_trained_on_int8_features_answers_about_pictures(
+    corpus: Path, photo: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    more = [word for override in [*small, "mae.draws=1"] for word in ("--set", override)]
+    line = ["extract", "--encoder", "clip", "--encoder", "mae", "--corpus", str(corpus), "--dtype", "int8", "--force"]
+    main([*line, "--set", "mae.draws=1"])
+    main(["train", "--stage", "1", "--features", "store.zarr", *more])
+    main(["train", "--stage", "2", "--features", "store.zarr", *more])
+    main(["ask", str(photo), "How many?", *QUICK])  # encoded as fp16, which is what int8 approximates
+
+
 def test_caption_of_files_is_text_and_of_a_folder_json_lines(photo: Path, stage2: Path, capsys) -> None:
     capsys.readouterr()
     main(["caption", str(photo), "--checkpoint", str(stage2), *QUICK])

@@ -97,6 +97,21 @@ def test_lavis_import_save_load_gives_the_same_logits_to_the_last_bit(tmp_path: 
     assert first.generate(clip) == again.generate(clip) and len(again.ask(clip, None, ["What?", "How many?"])) == 2
 
 
+def test_an_imported_blip2_is_scored_beside_a_trained_x_former(
+    features: Path, corpus: Path, stage2: Path, tmp_path: Path
+) -> None:
+    from cli import main
+
+    lavis_file(tmp_path / "blip2.pth", 2)
+    main(["import", str(tmp_path / "blip2.pth"), "--out", str(tmp_path / "run")])
+    line = ["eval", "oc", "--checkpoint", str(tmp_path / "run"), "--against", str(stage2), "--features", str(features)]
+    line += ["--questions", str(corpus / "val/gvtbench_oc.json"), "--limit", "6", "--no-blind", "--no-shuffled"]
+    main([*line, "--set", "eval.beams=1", "--out", str(tmp_path / "e")])
+    report = json.loads((tmp_path / "e/scores.json").read_text())
+    assert set(report["scores"]) == {"constant answer", "qformer", "xformer"}
+    assert report["checkpoint"] == str(tmp_path / "run") and report["against"]["official"]["than"] == "xformer"
+
+
 def test_a_stage_1_file_is_the_q_former_of_lavis_and_warm_starts_an_x_former(
     features: Path, small: list[str], tmp_path: Path
 ) -> None:

@@ -281,6 +281,32 @@ def test_mae_is_that_of_transformers(norm_pix: bool, record) -> None:
     record(f"MAE loss, {'normalised' if norm_pix else 'raw'} pixels: ViTMAE", ours, theirs.loss, 1e-11)
 
 
+@torch.no_grad()
+def test_our_masks_and_tokens_are_those_of_transformers_with_our_noise(record) -> None:
+    """From the sample's id to M: our noise given to ViTMAE makes the mask, the tokens, and the loss that ours make."""
+    from pipeline import images, masks
+    from pipeline.encoders import MaeEncoder
+
+    mae, ids = load_settings().mae, ["1", "image 2"]
+    encoder = MaeEncoder(mae, 64)
+    model = encoder.model
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 3, 64, 64)).astype(np.uint8)
+    chosen = np.stack([masks.kept_patches(0, 1, key, 64, 0.75) for key in ids])
+    tokens = torch.from_numpy(encoder.encode(pixels, chosen))
+    normal = torch.from_numpy(images.normalise(pixels, mae.mean, mae.std))
+    noise = torch.from_numpy(np.stack([masks.noise(0, 1, key, 64) for key in ids])).float()
+    model.config.mask_ratio = 0.75
+    theirs = model(normal, noise=noise)
+    kept = theirs.mask == 0
+    assert kept.nonzero()[:, 1].reshape(2, -1).tolist() == chosen.tolist()
+    shuffled, order = model.vit(normal, noise=noise).last_hidden_state, noise.argsort(1)[:, :16].argsort(1)
+    raster = shuffled[:, 1:].gather(1, order[..., None].expand(-1, -1, shuffled.shape[-1]))
+    record("M of the cache: ViTMAE with our noise (float32)", tokens, torch.cat([shuffled[:, :1], raster], 1), 2e-5)
+    predicted = model.decoder(tokens, restore_order(kept)).logits
+    ours = losses.reconstruction(predicted, normal, kept, mae.patch, model.config.norm_pix_loss)
+    record("reconstruction loss from the cache: ViTMAE (float32)", ours, theirs.loss, 1e-5)
+
+
 def test_clip_tokens_are_timms_forward_up_to_the_block(record) -> None:
     from pipeline import images
     from pipeline.encoders import ClipEncoder

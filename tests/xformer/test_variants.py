@@ -39,8 +39,13 @@ SYSTEMS = {
     "no reconstruction, whole image": ("xformer", ["stage1.weights.reconstruction=0", "local.mask_ratio=0"]),
     "reconstruction in stage 2": ("xformer", ["stage2.weights.reconstruction=1"]),
     "whole image in stage 2": ("xformer", ["stage2.mask_ratio=0"]),
+    "depth 2, two FFNs, layerwise ITG": ("xformer", ["dual.depth=2", "dual.ffn_block2=true", "dual.itg=layerwise"]),
 }
-REBUILDS = {"reconstruction in stage 2": (True, True), "whole image in stage 2": (True, False)}
+REBUILDS = {
+    "depth 2, two FFNs, layerwise ITG": (True, False),
+    "reconstruction in stage 2": (True, True),
+    "whole image in stage 2": (True, False),
+}
 
 
 @pytest.mark.parametrize("name", SYSTEMS)
