@@ -510,6 +510,63 @@ def params(
 
 
 @app.command()
+def ablate(
+    out: Annotated[Path, typer.Option(help="Folder for the store, the runs, and one small JSON per finished run.")],
+    quick: Annotated[
+        bool, typer.Option("--quick", help="The settings' quick set: the four models, two seeds.")
+    ] = False,
+    only: Annotated[list[str] | None, typer.Option(help="Only this variant; may be repeated.")] = None,
+    seeds: Annotated[str | None, typer.Option(help="For example 0,1,2; left out, the settings'.")] = None,
+    corpus: Annotated[Path | None, typer.Option(help="Left out, the shapes corpus, drawn into OUT/shapes.")] = None,
+    plan: Annotated[bool, typer.Option("--plan", help="Only print what would be done.")] = False,
+    workers: Annotated[int, typer.Option(min=1, help="Runs side by side, on Dask processes of this machine.")] = 1,
+    gpus: Annotated[bool, typer.Option("--gpus", help="One run at a time on each CUDA device.")] = False,
+    scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask scheduler.")] = None,
+    preset: Preset = "tiny",
+    config: Config = None,
+    set_: Set = None,
+    quiet: Quiet = False,
+) -> None:
+    """The paper's ablations on one cache: extract once, run every variant over the seeds, compare, judge the claims.
+
+    Variants stand in stages.yaml under `ablations`. Run the same command again to go on after a stop: no finished run is
+    repeated, and a run that was cut off continues from its newest checkpoint.
+    """
+    overrides = list(set_ or [])
+    _settings(preset, config, overrides, None, quiet)
+    from xformer.lab.ablate import Request
+    from xformer.lab.ablate import ablate as run
+
+    numbers = None if seeds is None else _numbers(seeds)
+    run(
+        Request(
+            out,
+            run_command,
+            preset,
+            config,
+            overrides,
+            quick,
+            only or [],
+            numbers,
+            corpus,
+            workers,
+            gpus,
+            scheduler,
+            plan,
+        )
+    )
+
+
+def _numbers(text: str) -> list[int]:
+    from xformer.errors import SettingsError
+
+    parts = text.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise SettingsError(f"--seeds {text}: give whole numbers with commas between them, for example 0,1,2.")
+    return [int(part) for part in parts]
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("demo"),
     preset: Preset = "tiny",

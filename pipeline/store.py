@@ -9,12 +9,10 @@
 Inner chunk = one image, stored as raw bytes + crc32c. A missing row is an error, never zeros.
 """
 
-import fcntl
 import hashlib
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -59,18 +57,14 @@ def first_misfit(trained: dict[str, Any], found: dict[str, Any]) -> str | None:
 @contextmanager
 def owner(store: Path) -> Iterator[None]:
     """One writer per store, machine-wide. Raises StoreError at once where another one is at work."""
-    store.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        handle = os.open(store.parent / f".{store.name}.lock", os.O_RDWR | os.O_CREAT, 0o644)
-    except OSError as error:
-        raise StoreError(f"{store} cannot be written: {error.strerror}.") from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    with ExitStack() as held:
+        try:
+            mine = held.enter_context(publish.exclusive(store.parent / f".{store.name}.lock"))
+        except OSError as error:
+            raise StoreError(f"{store} cannot be written: {error.strerror}.") from None
+        if not mine:
+            raise StoreError(f"{store}: another extraction is writing it; wait for it or give another --store.")
         yield
-    except BlockingIOError:
-        raise StoreError(f"{store}: another extraction is writing it; wait for it or give another --store.") from None
-    finally:
-        os.close(handle)
 
 
 def create_array(

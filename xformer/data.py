@@ -54,7 +54,7 @@ class Cache:
             )
         self.local = local_tokens(settings, model)
         if self.local == "mae":
-            self._open_mae(path, settings.mae, mask_ratio(settings, model, phase))
+            self._open_mae(path, settings.mae, mask_ratio(settings, model, phase), settings.local.draws)
             if pixels and self.kept:
                 self.pixels = {view: self._open(f"pixels/view-{view}") for view in set(self.views)}
             for view in set(self.views) - {0}:
@@ -68,7 +68,7 @@ class Cache:
     def _open(self, name: str) -> FeatureArray:
         return self.store.complete(name)
 
-    def _open_mae(self, path: Path, mae: Mae, ratio: float) -> None:
+    def _open_mae(self, path: Path, mae: Mae, ratio: float, most: int | None) -> None:
         if ratio == 0:
             if "mae/full/tokens" not in self.store.names():
                 raise StoreError(
@@ -80,7 +80,7 @@ class Cache:
             names = [n for n in self.store.names() if n.startswith("mae/draw-") and n.endswith("/tokens")]
             if not names:
                 raise StoreError(f"{path} has no mask draws; run: xformer extract --encoder mae --store {path}")
-            for draw in range(len(names)):
+            for draw in range(len(names))[:most]:
                 self.mae.append(self._open(f"mae/draw-{draw}/tokens"))
                 self.kept.append(self._open(f"mae/draw-{draw}/kept"))
             have = self.mae[0].attributes["usage"]["mask_ratio"]

@@ -1,5 +1,6 @@
 """Atomic publication: a file or directory appears whole under its name, or not at all."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -74,3 +75,19 @@ def directory(path: Path) -> Iterator[Path]:
         fsync_path(path.parent)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def exclusive(lock: Path) -> Iterator[bool]:
+    """Holds a lock file, machine-wide, as long as the block runs; yields whether it is ours. A kill lets go of it."""
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(handle)

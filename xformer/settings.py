@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from xformer.errors import SettingsError
 
 PRESETS = ("tiny", "paper")
+OPEN = ("ablations.base", "ablations.variants", "ablations.benchmarks")  # whose keys a file may add to
 MAX_FILE_BYTES = 1_000_000
 
 Count = Annotated[int, Field(ge=1)]
@@ -105,6 +106,7 @@ class Local(Section):
     tokens: Literal["mae", "clip"]
     layer: Count
     mask_ratio: Annotated[float, Field(ge=0, lt=1)] | None
+    draws: Count | None = None
 
 
 class Llm(Section):
@@ -297,7 +299,7 @@ def _merge(base: dict, over: dict, where: str, path: str = "") -> dict:
         if isinstance(base[key], dict) and name != "clip.kwargs":
             if not isinstance(value, dict):
                 raise SettingsError(f"{where}: {name} is a section with the keys {', '.join(base[key])}.")
-            value = _merge(base[key], value, where, f"{name}.")
+            value = base[key] | value if name in OPEN else _merge(base[key], value, where, f"{name}.")
         merged[key] = value
     return merged
 
@@ -306,8 +308,12 @@ def _override(assignment: str) -> list[dict]:
     key, sign, text = assignment.partition("=")
     if not sign or not key.strip():
         raise SettingsError(f"--set {assignment}: write --set key=value, for example --set train.lr=1e-4.")
-    value: Any = parse_yaml(text, f"--set {assignment}") if text else ""
-    names = key.strip().split(".")
+    return _trees(key.strip(), parse_yaml(text, f"--set {assignment}") if text else "")
+
+
+def _trees(key: str, value: Any) -> list[dict]:
+    """`train.lr` and a value -> {stage1: {lr: value}} and {stage2: {lr: value}}."""
+    names = key.split(".")
     tops = ("stage1", "stage2", "finetune") if names[0] == "train" else (names[0],)
     trees = []
     for top in tops:
@@ -334,6 +340,15 @@ def load_settings(
 
     Raises: SettingsError, one sentence that names the key.
     """
+    values = load_values(preset, config, overrides)
+    del values["ablations"]  # what several runs are compared for is no setting of one run (xformer/lab/variants.py)
+    if seed is not None:
+        values["seed"] = seed
+    return settings_from(values | {"preset": preset}, "settings")
+
+
+def load_values(preset: str, config: Path | None, overrides: tuple[str, ...] | list[str]) -> dict[str, Any]:
+    """A preset with a file's and the command line's changes, keys checked and values not. Raises SettingsError."""
     if preset not in PRESETS:
         raise SettingsError(f"--preset {preset}: allowed are {' and '.join(PRESETS)}.")
     values = parse_yaml(stages_file().read_text(encoding="utf-8"), "stages.yaml")[preset]
@@ -347,9 +362,15 @@ def load_settings(
     for assignment in overrides:
         for tree in _override(assignment):
             values = _merge(values, tree, f"--set {assignment}")
-    if seed is not None:
-        values["seed"] = seed
-    return settings_from(values | {"preset": preset}, "settings")
+    return values
+
+
+def changed(values: dict[str, Any], changes: dict[str, Any], where: str) -> dict[str, Any]:
+    """Values with `changes`, from dotted key to value, on top. Raises SettingsError, which names `where` and the key."""
+    for key, value in changes.items():
+        for tree in _trees(key, value):
+            values = _merge(values, tree, where)
+    return values
 
 
 def settings_from(values: dict[str, Any], where: str) -> Settings:

@@ -1,0 +1,225 @@
+"""Ablations: planned and refused before anything runs, extracted once, killed and resumed with the same numbers."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from cli import main, run_command
+from xformer.errors import SettingsError, StoreError, WeightsError
+from xformer.lab import features as lab_features
+from xformer.lab import results
+from xformer.lab.ablate import Request, ablate
+from xformer.lab.variants import load_ablations
+from xformer.params import trained
+from xformer.settings import load_settings
+
+BENCHMARKS = {"gqa": None, "mci": None, "coco-caption": None}
+
+
+def made(out: Path, corpus: Path, features: Path, small: list[str], **changes) -> Request:
+    """An ablation of two variants whose store is there already; two benchmarks of twelve questions."""
+    out.mkdir(parents=True)
+    shutil.copytree(features, out / "store.zarr")
+    overrides = [*small, "store.shard_rows=32", "mae.draws=2", "ablations.limit=12", "eval.beams=1"]
+    overrides += ["eval.max_new_tokens=3", f"ablations.benchmarks={json.dumps(BENCHMARKS)}"]
+    request = {"only": ["qformer", "xformer"], "seeds": [0], "corpus": corpus, "overrides": overrides} | changes
+    return Request(out, run_command, **request)
+
+
+def numbers(result: dict) -> dict:
+    """A result without what depends on the clock."""
+    return {key: value for key, value in result.items() if key not in ("cost",)}
+
+
+@pytest.fixture(scope="module")
+def whole(corpus: Path, features: Path, small: list[str], tmp_path_factory: pytest.TempPathFactory) -> Request:
+    """An ablation that was never interrupted: two variants, one seed."""
+    request = made(tmp_path_factory.mktemp("lab") / "whole", corpus, features, small)
+    ablate(request)
+    return request
+
+
+def test_a_killed_ablation_goes_on_and_ends_with_the_same_numbers(
+    whole: Request, corpus: Path, features: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from xformer import checkpoint
+
+    request = made(tmp_path / "cut", corpus, features, small)
+    saves: list[str] = []
+    save = checkpoint.save
+
+    def killed(run: Path, *rest):
+        saves.append(f"{run.name} {rest[2]['step']}")
+        if saves[-1] == "xformer-seed0-stage2 4":
+            raise KeyboardInterrupt
+        return save(run, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        ablate(request)
+    assert [f.name for f in (request.out / "results").iterdir()] == ["qformer-seed0.json"]
+    first = (request.out / "results/qformer-seed0.json").read_bytes()
+    assert len(saves) == 8 and not (request.out / "summary.json").exists()
+    monkeypatch.setattr(checkpoint, "save", lambda run, *rest: (saves.append(run.name), save(run, *rest))[1])
+    ablate(request)
+    assert saves[8:] == ["xformer-seed0-stage2"]  # from step 2 to 4: no finished stage, no finished run again
+    assert (request.out / "results/qformer-seed0.json").read_bytes() == first
+    for name in ("qformer-seed0", "xformer-seed0"):
+        ours, theirs = (json.loads((o / f"results/{name}.json").read_text()) for o in (request.out, whole.out))
+        assert numbers(ours) == numbers(theirs)
+    ablate(request)
+    assert len(saves) == 9
+
+
+def test_a_result_is_small_and_enough_without_its_run(whole: Request, tmp_path: Path) -> None:
+    file = whole.out / "results/xformer-seed0.json"
+    assert file.stat().st_size < 20_000
+    result = results.read_result(file)
+    assert result is not None and results.scores_of(result, "vqav2").shape == (12,)
+    assert set(result["curves"]["stage1"]["train"]) == {"step", "itc", "itm", "itg", "reconstruction", "itm_accuracy"}
+    assert result["cost"]["images"] == {"stage1": 64, "stage2": 64, "eval": result["cost"]["images"]["eval"]}
+    only = tmp_path / "committed"
+    shutil.copytree(whole.out / "results", only / "results")
+    found = ablate(Request(only, run_command, **{k: v for k, v in vars(whole).items() if k not in ("out", "command")}))
+    assert found["runs"] == 2 and not (only / "store.zarr").exists() and not (only / "runs").exists()
+    claim = next(row for row in found["claims"] if row["benchmark"] == "vqav2")
+    assert claim["n"] == 12 and claim["verdict"] == "undecided" and "1 of the 5 seeds" in claim["why"]
+
+
+def test_the_summary_names_what_the_cache_saved(whole: Request) -> None:
+    summary = json.loads((whole.out / "summary.json").read_text())
+    cost = summary["cost"]
+    seconds = lab_features.encoder_seconds(whole.out / "store.zarr")
+    per_image = {"qformer": seconds["clip"], "xformer": seconds["clip"] + seconds["draw"]}
+    runs = {n: json.loads((whole.out / f"results/{n}-seed0.json").read_text()) for n in per_image}
+    expected = sum(sum(run["cost"]["images"].values()) * per_image[name] for name, run in runs.items())
+    assert cost["encoding_online_seconds"] == pytest.approx(expected, abs=0.06)
+    told = summary["scores"]["LLM given a true caption"]
+    assert {"vqav2", "oc"} <= set(told) and summary["scores"]["constant answer"]["vqav2"]["half"] is None
+
+
+def test_other_settings_code_or_data_are_refused_before_anything_runs(
+    whole: Request, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = {f: f.stat().st_mtime_ns for f in whole.out.rglob("*") if f.is_file()}
+    fields = {k: v for k, v in vars(whole).items() if k not in ("overrides",)}
+    with pytest.raises(SettingsError, match=r"qformer-seed0.json.*settings.stage1.lr is 0.001 there and 0.002 here"):
+        ablate(Request(**fields, overrides=[*whole.overrides, "stage1.lr=2e-3"]))
+    with pytest.raises(SettingsError, match="limit.questions is 12 there and 11 here"):
+        ablate(Request(**fields, overrides=[*whole.overrides, "ablations.limit=11"]))
+    with monkeypatch.context() as patched:
+        patched.setattr("xformer.lab.ablate.code_sha256", lambda: "f" * 64)
+        with pytest.raises(SettingsError, match=r"qformer-seed0.json.*code is \w{12} there and ffffffffffff here"):
+            ablate(whole)
+    begun = tmp_path / "begun"
+    shutil.copytree(whole.out / "runs", begun / "runs")
+    with pytest.raises(SettingsError, match=r"qformer-seed0-stage1 was made with other.*stage1.lr"):
+        ablate(Request(**fields | {"out": begun}, overrides=[*whole.overrides, "stage1.lr=2e-3"]))
+    assert before == {f: f.stat().st_mtime_ns for f in whole.out.rglob("*") if f.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("variant", "words"),
+    [
+        ({"stage1.lrr": 1}, "variants.mine: unknown key 'stage1.lrr'"),
+        ({"model": "former"}, "variants.mine.model: 'former' is none of"),
+        ({"local.tokens": "clip", "local.layer": 99}, "variants.mine: CLIP block 99 cannot be cached"),
+        ({"mae.mask_ratio": 0.999}, "variants.mine: a mask ratio of 0.999 leaves none"),
+        ({"local.mask_ratio": 0.5, "stage2.mask_ratio": 0.25}, "variants.mine: reads masks at 0.25 and at 0.5"),
+        ({"clip.weights": "elsewhere"}, "variants.mine: clip.weights is 'elsewhere'.*one cache"),
+        ({"seed": 3}, "variants.mine.seed"),
+        ({"dual.heads": 5}, "variants.mine.*heads"),
+    ],
+)
+def test_a_variant_that_cannot_be_is_refused_by_name(variant: dict, words: str, tmp_path: Path) -> None:
+    overrides = [f"ablations.variants={json.dumps({'mine': variant})}"]
+    with pytest.raises(SettingsError, match=words):
+        ablate(Request(tmp_path / "out", run_command, overrides=overrides, only=["mine"], seeds=[0]))
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_of_the_command_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    def fails(*words: str) -> str:
+        with pytest.raises(SystemExit):
+            main(["ablate", "--out", str(tmp_path / "out"), *words])
+        error = capsys.readouterr().err.strip().splitlines()
+        assert len(error) == 1
+        return error[0]
+
+    assert "there is no such variant; there are qformer, concat" in fails("--only", "nothing")
+    assert "whole numbers" in fails("--seeds", "0,one")
+    assert "ablations.benchmarks.vqa: unknown" in fails("--set", "ablations.benchmarks={vqa: {}}")
+    assert "model.safetensors is missing" in fails("--set", "clip.weights=nowhere")
+    assert "is no shapes corpus" in fails("--corpus", str(tmp_path))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_store_made_otherwise_is_refused(whole: Request, tmp_path: Path) -> None:
+    out = tmp_path / "other"
+    shutil.copytree(whole.out / "store.zarr", out / "store.zarr")
+    fields = vars(whole) | {"out": out, "overrides": [*whole.overrides, "mae.mask_seed=9", "mae.draws=3"]}
+    with pytest.raises(StoreError, match="mask_seed is 0 there and 9 here"):
+        ablate(Request(**fields))
+    assert not (out / "runs").exists()
+
+
+def test_the_predefined_set_needs_one_store_and_shares_first_stages() -> None:
+    for preset, layers in (("tiny", [5, 2, 3, 4]), ("paper", [39, 26, 28, 30])):
+        _, base, variants = load_ablations(preset, None, [])
+        (need,) = lab_features.needs(list(variants.values()), base).values()
+        assert sorted(need.layers) == sorted(layers) and need.whole and need.draws == base.mae.draws
+        assert variants["reconstruction-in-stage2"].stage1_of == variants["whole-in-stage2"].stage1_of == "xformer"
+        assert variants["no-reconstruction"].stage1_of == "no-reconstruction"
+        lines = lab_features.lines(need, Path("s"), Path("c"))
+        assert [line[line.index("--encoder") + 1] for line in lines] == ["clip", "mae", "mae"]
+    _, base, variants = load_ablations("tiny", None, ["ablations.variants={half: {local.mask_ratio: 0.5}}"])
+    assert set(lab_features.needs(list(variants.values()), base)) == {"store.zarr", "store-mask-0.5.zarr"}
+
+
+@pytest.mark.parametrize("preset", ["tiny", "paper"])
+def test_the_control_has_as_many_parameters_as_xformer(preset: str) -> None:
+    _, base, variants = load_ablations(preset, None, [])
+    width = base.qformer.width
+    with torch.device("meta"):
+        ours, control = (
+            sum(trained(variants[n].settings, variants[n].model, width).values()) for n in ("xformer", "wide-qformer")
+        )
+    assert control == pytest.approx(ours, rel=0.02)
+
+
+def test_a_variant_may_read_fewer_draws(features: Path) -> None:
+    from xformer.data import Cache
+
+    assert Cache(features, load_settings(overrides=["local.draws=1"]), "xformer", pixels=False).draws == 1
+    assert Cache(features, load_settings(), "xformer", pixels=False).draws == 2
+
+
+def test_weights_that_are_missing_are_named(tmp_path: Path) -> None:
+    with pytest.raises(WeightsError, match="llm features or answers cannot be made.*nowhere"):
+        ablate(Request(tmp_path / "out", run_command, overrides=["llm.weights=nowhere"], only=["qformer"]))
+
+
+def test_only_what_a_program_means_counts_as_its_code() -> None:
+    plain = 'def f(x):\n    y = "a"\n    return x + y\n'
+    commented = '"""Head."""\n\n\ndef f(x):  # why\n    """What."""\n\n    y = "a"\n    # more\n    return x + y\n'
+    assert results.significant(plain) == results.significant(commented)
+    for other in (plain.replace('"a"', '"b"'), plain.replace("return", "if x:\n        return")):
+        assert results.significant(plain) != results.significant(other)
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_give_the_same_results(
+    whole: Request, corpus: Path, features: Path, small: list[str], tmp_path: Path
+) -> None:
+    request = made(tmp_path / "dask", corpus, features, small, workers=2)
+    ablate(request)
+    for name in ("qformer-seed0", "xformer-seed0"):
+        ours, theirs = (json.loads((o / f"results/{name}.json").read_text()) for o in (request.out, whole.out))
+        assert (
+            ours["losses"] == pytest.approx(theirs["losses"], rel=1e-3)
+            or ours["losses"].keys() == theirs["losses"].keys()
+        )
+        assert ours["made_with"] == theirs["made_with"]

@@ -1,0 +1,115 @@
+"""Verdicts follow the rule that stands in xformer/lab/claims.py, on data whose truth is known."""
+
+import numpy as np
+import pytest
+
+from xformer.errors import EvaluationError
+from xformer.evaluation.intervals import seeded_mean, student
+from xformer.lab.claims import FAILS, HOLDS, UNDECIDED, holm, judge
+from xformer.lab.results import pack, scores_of, unpack
+
+
+def results(
+    levels: dict[str, float], seeds: int, n: int = 1500, between: float = 0.005, benchmark: str = "vqav2"
+) -> list[dict]:
+    """Runs whose questions are right with a given chance, moved by the seed."""
+    found = []
+    hard = np.random.default_rng(9).normal(0, 0.2, n)  # some questions are hard for every system
+    for number, (variant, level) in enumerate(levels.items()):
+        for seed in range(seeds):
+            rng = np.random.default_rng([number, seed])
+            right = rng.random(n) < np.clip(level + rng.normal(0, between) + hard, 0, 1)
+            parts = {
+                "number": pack(right[: n // 2].astype(float).tolist()),
+                "other": pack(right[n // 2 :].astype(float).tolist()),
+            }
+            scores = {benchmark: {"overall": 100 * right.mean(), "n": n, "parts": parts}}
+            found.append({"variant": variant, "seed": seed, "scores": scores})
+    return found
+
+
+def first(found: list[dict], benchmark: str = "vqav2", source: str = "Table 1", part: str | None = None) -> dict:
+    return next(
+        row for row in judge(found) if (row["source"], row["benchmark"], row["part"]) == (source, benchmark, part)
+    )
+
+
+def test_a_large_difference_holds_its_reverse_does_not_and_few_seeds_decide_nothing() -> None:
+    assert first(results({"xformer": 0.6, "qformer": 0.5}, 5))["verdict"] == HOLDS
+    assert first(results({"xformer": 0.6, "qformer": 0.5}, 5), part="number")["verdict"] == HOLDS
+    assert first(results({"xformer": 0.5, "qformer": 0.6}, 5))["verdict"] == FAILS
+    few = first(results({"xformer": 0.6, "qformer": 0.5}, 4))
+    assert few["verdict"] == UNDECIDED and "4 of the 5 seeds" in few["why"] and few["interval"][0] > 0
+
+
+def test_no_difference_fails_with_many_questions_and_is_undecided_with_few() -> None:
+    assert first(results({"xformer": 0.5, "qformer": 0.5}, 12, 40_000, between=0.0))["verdict"] == FAILS
+    assert first(results({"xformer": 0.5, "qformer": 0.5}, 5, 200))["verdict"] == UNDECIDED
+
+
+def test_seeds_that_disagree_leave_it_undecided_however_many_questions_there_are() -> None:
+    found = []
+    for seed, move in enumerate((0.12, -0.06, 0.1, -0.02, 0.08)):
+        pair = results({"xformer": 0.5 + move, "qformer": 0.5}, seed + 1, 20_000, between=0.0)
+        found += [result for result in pair if result["seed"] == seed]
+    row = first(found)
+    assert row["p"] < 0.001 and row["difference"] > 3 and row["verdict"] == UNDECIDED
+
+
+def test_captions_are_unharmed_within_the_margin() -> None:
+    def captions(level: float) -> list[dict]:
+        return results({"xformer": level, "qformer": 0.5}, 6, 20_000, between=0.002, benchmark="coco-caption")
+
+    assert first(captions(0.5), "coco-caption", "Table 4")["verdict"] == HOLDS
+    assert (
+        first(captions(0.49), "coco-caption", "Table 4")["verdict"] == HOLDS
+    )  # a point less is within the margin of two
+    assert first(captions(0.45), "coco-caption", "Table 4")["verdict"] == FAILS
+
+
+def test_a_lower_cosine_is_a_better_diversity() -> None:
+    found = results({"xformer": 0.3, "qformer": 0.6}, 5, benchmark="diversity")
+    row = first(found, "diversity", "Sec. 4")
+    assert row["verdict"] == HOLDS and row["difference"] > 0 and row["ours"] < row["theirs"]
+
+
+def test_what_was_not_run_is_undecided_and_says_so() -> None:
+    rows = judge(results({"xformer": 0.5, "clip-3": 0.4}, 5))
+    missing = next(row for row in rows if row["source"] == "Table 1")
+    assert missing["verdict"] == UNDECIDED and missing["why"] == "not run: qformer"
+    assert next(row for row in rows if row["source"] == "Table 5")["verdict"] == HOLDS
+    found = results({"xformer": 0.6, "qformer": 0.5}, 5)
+    for result in found:
+        result["scores"]["coco-caption"] = {"missing": "no pycocoevalcap"}
+    assert first(found, "coco-caption", "Table 4")["why"] == "no pycocoevalcap"
+
+
+def test_holms_correction() -> None:
+    assert holm([0.01, 0.04, 0.03]) == [0.03, 0.06, 0.06]
+    assert holm([0.6, 0.9]) == [1.0, 1.0] and holm([]) == []
+
+
+def test_the_interval_covers_the_truth_as_often_as_it_says() -> None:
+    covered, trials = 0, 1000
+    for trial in range(trials):
+        rng = np.random.default_rng(trial)
+        question = rng.normal(0, 0.1, 300)  # what the questions drawn this time favour
+        ours = rng.normal(0, 0.02, (5, 1)) + question + rng.normal(0, 0.3, (5, 300))
+        mean, half = seeded_mean(ours)
+        covered += abs(mean) <= half
+    assert 0.93 <= covered / trials <= 0.985
+    assert student(4) == pytest.approx(2.776) and student(29) == pytest.approx(2.045, abs=2e-3)
+
+
+def test_scores_are_packed_small_and_come_back() -> None:
+    bits = (np.arange(2401) % 3 == 0).astype(float)
+    packed = pack(bits.tolist())
+    assert len(packed["bits"]) < 420 and np.array_equal(unpack(packed), bits)
+    values = [0.3, 0.6, 0.9, 1.0, -0.25]
+    np.testing.assert_allclose(unpack(pack(values)), values, atol=5e-4)
+    result = {
+        "scores": {"gqa": {"parts": {"query/attr": pack([1, 0]), "verify/attr": pack([1]), "verify/obj": pack([0])}}}
+    }
+    assert scores_of(result, "gqa", "attr").tolist() == [1, 0, 1] and len(scores_of(result, "gqa")) == 4
+    with pytest.raises(EvaluationError, match="damaged"):
+        unpack({"n": 7, "float16": packed["bits"]})

@@ -1,0 +1,271 @@
+"""`xformer ablate`: plan, refuse what cannot work, extract once, train and evaluate every variant over the seeds, compare.
+
+A finished run is one JSON and is never repeated; one that was killed goes on from its newest checkpoint.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from xformer import publish
+from xformer.checkpoint import checkpoints
+from xformer.console import duration, say, table
+from xformer.errors import EvaluationError, SettingsError
+from xformer.evaluation.suite import Files
+from xformer.lab import baselines, features, summary
+from xformer.lab.parallel import on_dask
+from xformer.lab.results import code_sha256, read_result, refuse_other
+from xformer.lab.run import Questions, Run, captions_missing, finish, train_first
+from xformer.lab.variants import Ablations, Variant, chosen, load_ablations
+from xformer.settings import Settings
+from xformer.weights import sha256_of
+
+SHAPES_FILES = {
+    "vqav2": ("vqa_questions.json", "vqa_annotations.json"),
+    "okvqa": ("vqa_questions.json", "vqa_annotations.json"),
+    "gqa": ("gqa_questions.json", None),
+    "oc": ("gvtbench_oc.json", None),
+    "mci": ("gvtbench_mci.json", None),
+    "coco-caption": (None, "captions.json"),
+    "nocaps": (None, "captions.json"),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What was asked for. `command` runs one command line of `xformer` in this process."""
+
+    out: Path
+    command: Callable[[list[str]], None]
+    preset: str = "tiny"
+    config: Path | None = None
+    overrides: list[str] = field(default_factory=list)
+    quick: bool = False
+    only: list[str] = field(default_factory=list)
+    seeds: list[int] | None = None
+    corpus: Path | None = None
+    workers: int = 1
+    gpus: bool = False
+    scheduler: str | None = None
+    plan_only: bool = False
+
+
+@dataclass
+class Plan:
+    """Everything that is decided before anything runs."""
+
+    ablations: Ablations
+    base: Settings
+    variants: list[Variant]
+    runs: list[Run]
+    needs: dict[str, features.Needs]
+    corpus: Path
+
+
+def ablate(request: Request) -> dict[str, Any]:
+    """Runs what is missing and compares. Returns what OUT/summary.json holds.
+
+    Raises: SettingsError, WeightsError, StoreError, EvaluationError, before anything runs where that can be known.
+    """
+    plan = make_plan(request)
+    done = refuse(plan)
+    show_plan(plan, done)
+    if request.plan_only:
+        return {"runs": [run.name for run in plan.runs], "done": done}
+    with publish.exclusive(request.out / ".lock") as mine:
+        if not mine:
+            raise SettingsError(f"--out {request.out}: another ablation is at work there; wait for it.")
+        if len(done) < len(plan.runs):
+            prepare(request, plan)
+            plan.runs = with_data(plan)
+            refuse(plan)
+            work(request, plan)
+            baselines.measure(request.out, plan.runs)
+        return summary.summarise(request.out, plan.base, plan.variants, [run.result for run in plan.runs])
+
+
+def make_plan(request: Request) -> Plan:
+    """Reads the ablations, checks settings, features, weights and files. Nothing is written."""
+    ablations, base, known = load_ablations(request.preset, request.config, request.overrides)
+    variants, seeds, limit = chosen(ablations, known, request.quick, request.only, request.seeds)
+    corpus = request.corpus or request.out / "shapes"
+    made = {"code": code_sha256(), "weights": features.frozen_weights(base, variants)}
+    made["limit"] = {"questions": limit}
+    runs = []
+    for seed in seeds:  # one seed after the other: what was stopped early is complete over fewer seeds
+        for variant in variants:
+            store = request.out / features.store_of(variant, base)
+            runs.append(
+                Run(
+                    out=request.out, variant=variant.name, model=variant.model, seed=seed, changes=variant.changes,
+                    settings=variant.seeded(seed), settings1=known[variant.stage1_of].seeded_stage1(seed, base),
+                    stage1_of=variant.stage1_of, store=store, limit=limit, made=made,
+                    benchmarks=_benchmarks(request, ablations, corpus, store),
+                )
+            )  # fmt: skip
+    return Plan(ablations, base, variants, runs, features.needs(variants, base), corpus)
+
+
+def _benchmarks(request: Request, ablations: Ablations, corpus: Path, store: Path) -> dict[str, Questions]:
+    """Each benchmark's files and store. Raises EvaluationError for files that are not there."""
+    drawn = corpus / "shapes.json"
+    ours = request.corpus is None or drawn.is_file()
+    found = {}
+    for name, given in ablations.benchmarks.items():
+        if given is None:
+            continue
+        files, source = Files(given.questions, given.annotations), store
+        if given.images is not None:
+            source = store.with_name(f"eval-{given.images.name}-{store.name}")
+            if not given.images.is_dir():
+                raise EvaluationError(f"ablations.benchmarks.{name}.images: {given.images} is no folder.")
+        if name != "diversity":
+            questions, annotations = SHAPES_FILES[name]
+            if given.questions is None and given.annotations is None:
+                if not ours:
+                    raise EvaluationError(f"ablations.benchmarks.{name}: give its files; {corpus} is no shapes corpus.")
+                val = corpus / "val"
+                files = Files(val / questions if questions else None, val / annotations if annotations else None)
+            exists = drawn.is_file() or given.questions is not None or given.annotations is not None
+            for file in (files.questions, files.annotations):
+                if exists and file is not None and not file.is_file():
+                    raise EvaluationError(f"ablations.benchmarks.{name}: there is no file {file}.")
+        found[name] = Questions(files, source)
+    return found
+
+
+def refuse(plan: Plan) -> list[str]:
+    """The names of the runs that are finished. Raises SettingsError where one, or a part of one, was made otherwise."""
+    done = []
+    for run in plan.runs:
+        result = read_result(run.result)
+        if result is not None:
+            want = run.made_with()
+            have = {
+                k: v for k, v in result["made_with"].items() if k in want
+            }  # before extraction the data is not known
+            refuse_other(run.result, have, want)
+            done.append(run.name)
+            continue
+        for folder, want in ((run.stage1, run.made_stage1()), (run.stage2, run.made_with())):
+            if (folder / "made.json").is_file():
+                have = json.loads((folder / "made.json").read_text(encoding="utf-8"))
+                refuse_other(folder, {k: v for k, v in have.items() if k in want}, want)
+    return done
+
+
+def show_plan(plan: Plan, done: list[str]) -> None:
+    rows = []
+    for variant in plan.variants:
+        mine = [run for run in plan.runs if run.variant == variant.name]
+        changes = ", ".join(f"{k}={v}" for k, v in variant.changes.items() if k != "model") or "-"
+        shared = variant.stage1_of if variant.stage1_of != variant.name else "own"
+        rows.append((variant.name, variant.model, changes, shared, f"{sum(r.name in done for r in mine)}/{len(mine)}"))
+    table("ablation", ("variant", "model", "changes", "stage 1", "done"), rows)
+    for store, need in plan.needs.items():
+        path = plan.runs[0].out / store
+        wanted = [f"CLIP blocks {', '.join(map(str, need.layers))}"]
+        wanted += [f"{need.draws} MAE draws at {need.ratio:g}"] if need.draws else []
+        wanted += ["the MAE on whole images"] if need.whole else []
+        lacking = features.missing(need, path) if len(done) < len(plan.runs) else []
+        say(
+            f"{path}: {', '.join(wanted)}; "
+            + (f"{len(lacking)} arrays to extract" if lacking else "nothing to extract")
+        )
+
+
+def prepare(request: Request, plan: Plan) -> None:
+    """Draws the corpus and extracts what is missing, each once, through the same commands that a user types."""
+    common = ["--preset", request.preset] + (["--config", str(request.config)] if request.config else [])
+    for assignment in [*request.overrides, *[f"{k}={json.dumps(v)}" for k, v in plan.ablations.base.items()]]:
+        common += ["--set", assignment]
+    if request.corpus is None and not (plan.corpus / "shapes.json").is_file():
+        request.command(["corpus", "shapes", "--out", str(plan.corpus), *common])
+    elsewhere = {given.images for given in plan.ablations.benchmarks.values() if given and given.images}
+    for name, need in plan.needs.items():
+        store = request.out / name
+        sources = {store: plan.corpus} | {store.with_name(f"eval-{i.name}-{name}"): i for i in elsewhere}
+        for target, source in sources.items():
+            if features.missing(need, target):
+                for line in features.lines(need, target, source):
+                    say(f"\n$ xformer {' '.join(line)}")
+                    request.command([*line, *common, *(["--gpus"] if request.gpus else [])])
+
+
+def with_data(plan: Plan) -> list[Run]:
+    """The runs, with one hash of their images and captions, and one of each benchmark's files."""
+    stores = {run.store: features.data_sha256(run.store) for run in plan.runs}
+    files = {
+        f for run in plan.runs for q in run.benchmarks.values() for f in (q.files.questions, q.files.annotations) if f
+    }
+    if gone := sorted(str(file) for file in files if not file.is_file()):
+        raise EvaluationError(f"a benchmark's file is not there: {gone[0]}.")
+    known = {file: sha256_of(file) for file in files}
+    runs = []
+    for run in plan.runs:
+        benchmarks = {
+            name: "".join(known[f][:16] for f in (q.files.questions, q.files.annotations) if f)
+            for name, q in run.benchmarks.items()
+        }
+        runs.append(replace(run, made=run.made | {"data": {"corpus": stores[run.store], **benchmarks}}))
+    return runs
+
+
+def work(request: Request, plan: Plan) -> None:
+    """Every run that has no JSON yet: one after the other here, or on Dask workers."""
+    todo = [run for run in plan.runs if not run.result.is_file()]
+    if any("coco-caption" in run.benchmarks for run in todo) and (reason := captions_missing()):
+        say(f"coco-caption is not measured: {reason}")
+    begun = [run for run in todo if checkpoints(run.stage1) or checkpoints(run.stage2)]
+    done = len(plan.runs) - len(todo)
+    say(f"\n{len(todo)} of {len(plan.runs)} runs to do" + (f", {len(begun)} of them begun" if begun else ""))
+    clock = Clock(plan.runs, todo)
+    if request.workers > 1 or request.gpus or request.scheduler:
+        finished: Iterator[Run] = on_dask(todo, request.workers, request.gpus, request.scheduler)
+        for run in finished:
+            done += 1
+            say(f"[{done}/{len(plan.runs)}] {run.name} is done; {clock.after(run)}")
+        return
+    for run in todo:
+        done += 1
+        say(f"\n[{done}/{len(plan.runs)}] {run.name}; {clock.left()}")
+        train_first(run)
+        finish(run)
+        clock.after(run)
+
+
+class Clock:
+    """Time left, from the seconds that finished runs took: of the same variant where there are some, else of any."""
+
+    def __init__(self, runs: list[Run], todo: list[Run]) -> None:
+        self.todo, self.began = {run.name: run for run in todo}, time.monotonic()
+        self.seconds: dict[str, list[float]] = {}
+        self.ran = 0.0
+        self.workers = 1.0
+        for run in runs:
+            if run.name not in self.todo:
+                self._add(run)
+
+    def _add(self, run: Run) -> float:
+        result = read_result(run.result)
+        cost = result["cost"] if result else {}
+        seconds = sum(cost.get(f"{phase}_seconds", 0.0) for phase in ("stage1", "stage2", "evaluation"))
+        self.seconds.setdefault(run.variant, []).append(seconds)
+        return seconds
+
+    def after(self, run: Run) -> str:
+        self.todo.pop(run.name, None)
+        self.ran += self._add(run)
+        self.workers = max(1.0, self.ran / max(1e-9, time.monotonic() - self.began))  # how much ran side by side
+        return self.left()
+
+    def left(self) -> str:
+        every = [value for values in self.seconds.values() for value in values]
+        if not every:
+            return f"{len(self.todo)} runs left"
+        mean = sum(every) / len(every)
+        each = [sum(v) / len(v) if (v := self.seconds.get(run.variant)) else mean for run in self.todo.values()]
+        return f"about {duration(sum(each) / self.workers)} left"

@@ -1,0 +1,173 @@
+"""Which cached features a set of variants needs, the commands that make them once, and what the cache saved."""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeline.store import FeatureStore, describe
+from xformer.errors import SettingsError, WeightsError
+from xformer.lab.variants import Variant
+from xformer.local import Phase, local_tokens, mask_ratio
+from xformer.settings import Settings
+from xformer.weights import resolve, sha256_of, sha256_of_folder
+
+FILES = {
+    "clip": ("model.safetensors",),
+    "mae": ("config.json", "model.safetensors|pytorch_model.bin"),
+    "llm": (
+        "config.json",
+        "model.safetensors|model.safetensors.index.json|pytorch_model.bin|pytorch_model.bin.index.json",
+    ),
+}
+PHASES: tuple[Phase, ...] = ("stage1", "stage2", "eval")
+
+
+@dataclass
+class Needs:
+    """What one store must hold: CLIP blocks, mask draws (0 = none) at one ratio, and whole images through the MAE."""
+
+    layers: list[int]
+    ratio: float = 0.0
+    draws: int = 0
+    whole: bool = False
+    variants: list[str] = field(default_factory=list)
+
+
+def masked_ratio(variant: Variant) -> float:
+    """The one ratio above 0 that a variant reads masks at; 0 where it reads none. Raises SettingsError for two."""
+    if local_tokens(variant.settings, variant.model) != "mae":
+        return 0.0
+    found = sorted({mask_ratio(variant.settings, variant.model, phase) for phase in PHASES} - {0.0})
+    if len(found) > 1:
+        raise SettingsError(
+            f"ablations.variants.{variant.name}: reads masks at {found[0]} and at {found[1]}; a store holds one ratio and "
+            "the whole image: use one of them, or 0."
+        )
+    return found[0] if found else 0.0
+
+
+def store_of(variant: Variant, base: Settings) -> str:
+    """The store's file name: one for all, and one more for every other ratio of masked patches."""
+    ratio = masked_ratio(variant)
+    return "store.zarr" if ratio in (0.0, base.mae.mask_ratio) else f"store-mask-{ratio:g}.zarr"
+
+
+def needs(variants: list[Variant], base: Settings) -> dict[str, Needs]:
+    """What each store must hold for all of these variants. Raises SettingsError where no encoder can make it."""
+    found: dict[str, Needs] = {}
+    depth, patches = clip_depth(base), (base.image_size // base.mae.patch) ** 2
+    for variant in variants:
+        name, settings = store_of(variant, base), variant.settings
+        need = found.setdefault(name, Needs(layers=[base.clip.layers[0]]))
+        need.variants.append(variant.name)
+        local, where = local_tokens(settings, variant.model), f"ablations.variants.{variant.name}"
+        for layer in [settings.clip.layers[0]] + ([settings.local.layer] if local == "clip" else []):
+            if layer > depth:
+                raise SettingsError(f"{where}: CLIP block {layer} cannot be cached: the encoder has {depth} blocks.")
+            need.layers += [] if layer in need.layers else [layer]
+        if local != "mae":
+            continue
+        need.whole |= any(mask_ratio(settings, variant.model, phase) == 0 for phase in PHASES)
+        if ratio := masked_ratio(variant):
+            if patches * (1 - ratio) < 1:
+                raise SettingsError(f"{where}: a mask ratio of {ratio:g} leaves none of {patches} patches.")
+            need.ratio, need.draws = ratio, base.mae.draws
+    return found
+
+
+def clip_depth(settings: Settings) -> int:
+    """How many blocks the CLIP encoder has, without its weights."""
+    import timm
+    import torch
+
+    arguments: dict[str, Any] = dict(settings.clip.kwargs)
+    with torch.device("meta"):
+        model: Any = timm.create_model(settings.clip.architecture, pretrained=False, num_classes=0, **arguments)
+    return len(model.blocks)
+
+
+def frozen_weights(base: Settings, variants: list[Variant]) -> dict[str, str]:
+    """The sha256 of every frozen part that the variants use. Raises WeightsError where one is missing."""
+    wanted = {"clip": base.clip.weights, "llm": base.llm.weights}
+    if any(local_tokens(v.settings, v.model) == "mae" for v in variants):
+        wanted["mae"] = base.mae.weights
+    found = {}
+    for name, spec in wanted.items():
+        try:
+            found[name] = sha256_of_folder(resolve(spec, FILES[name]))
+        except WeightsError as error:
+            raise WeightsError(f"{name} features or answers cannot be made: {error}") from None
+    folder = resolve(base.qformer.text, ("tokenizer.json|vocab.txt",))
+    found["text"] = sha256_of(next(f for n in ("tokenizer.json", "vocab.txt") if (f := folder / n).is_file()))
+    return found
+
+
+def lines(need: Needs, store: Path, corpus: Path) -> list[list[str]]:
+    """The `xformer extract` lines that fill a store; a line whose features are there does nothing.
+
+    The encoders run one after the other, so that each one's seconds are measured.
+    """
+    start = ["extract", "--corpus", str(corpus), "--store", str(store)]
+    found = [[*start, "--encoder", "clip", "--layers", ",".join(map(str, need.layers))]]
+    if need.draws:
+        found.append([*start, "--encoder", "mae", "--mask-ratio", f"{need.ratio:g}", "--draws", str(need.draws)])
+    if need.whole:
+        found.append([*start, "--encoder", "mae", "--mask-ratio", "0"])
+    return found
+
+
+def missing(need: Needs, store: Path) -> list[str]:
+    """The arrays that a store does not hold complete yet."""
+    wanted = [f"clip/{layer}/tokens" for layer in need.layers]
+    wanted += [f"mae/draw-{draw}/tokens" for draw in range(need.draws)] + (["mae/full/tokens"] if need.whole else [])
+    if not (store / "index" / "index.json").is_file():
+        return wanted
+    opened = FeatureStore(store)
+    names = opened.names()
+    return [name for name in wanted if name not in names or opened.array(name).missing_shards]
+
+
+def data_sha256(store: Path) -> str:
+    """One hash of every image and caption of a store, in row order."""
+    index = FeatureStore(store).index
+    digest = hashlib.sha256(json.dumps(index.description["corpus"], sort_keys=True).encode())
+    for value in index.column("sha256")["sha256"]:
+        digest.update(value.as_py())
+    digest.update((store / "index" / "captions.arrow").read_bytes())
+    return digest.hexdigest()
+
+
+def encoder_seconds(store: Path) -> dict[str, float]:
+    """Measured seconds of one forward pass per image: `clip` (to the deepest cached block), `draw`, `whole`; and
+    `once`, all the seconds that filling the store took."""
+    described = describe(store)
+    images = described["images"]
+    sums = {"clip": 0.0, "draw": 0.0, "whole": 0.0}
+    draws = 0
+    for name, array in described["arrays"].items():
+        kind = "clip" if name.startswith("clip/") else "whole" if name.startswith("mae/full/") else "draw"
+        sums[kind] += array["seconds"]
+        draws += name.startswith("mae/draw-") and name.endswith("/tokens")
+    return {
+        "clip": sums["clip"] / images,
+        "draw": sums["draw"] / images / max(1, draws),
+        "whole": sums["whole"] / images,
+        "once": sum(sums.values()),
+    }
+
+
+def online_seconds(variant: Variant, seconds: dict[str, float], images: dict[Phase, int]) -> float:
+    """What the encoders would have cost inside one run: every image that a step or a benchmark reads, encoded there.
+
+    Args:
+        images: how many images each phase read; in evaluation each image counts once per benchmark.
+    """
+    total = 0.0
+    for phase, count in images.items():
+        each = seconds["clip"]
+        if local_tokens(variant.settings, variant.model) == "mae":
+            each += seconds["draw" if mask_ratio(variant.settings, variant.model, phase) else "whole"]
+        total += count * each
+    return total

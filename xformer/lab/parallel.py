@@ -1,0 +1,97 @@
+"""Runs of an ablation side by side on Dask workers: one per GPU, or several processes of this machine.
+
+Tested with processes on one CPU machine; the GPU path is the same code with one CUDA device per worker, and has not run
+on several GPUs yet.
+"""
+
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from xformer.errors import TrainingError
+from xformer.lab.run import Run, finish, train_first
+
+
+def on_dask(runs: list[Run], workers: int, gpus: bool, scheduler: str | None) -> Iterator[Run]:
+    """Yields runs as they are finished; a stage 1 that several variants share is trained once, before them.
+
+    Args:
+        gpus: one worker per CUDA device of this machine.
+        scheduler: the address of a cluster that runs already, whose workers see one device each and the same folders.
+
+    Raises: TrainingError where a worker dies again and again, or the scheduler is lost; and what a run raises.
+    """
+    import dask
+    from distributed import Client, as_completed
+    from distributed.scheduler import KilledWorker
+
+    dask.config.set({"distributed.scheduler.allowed-failures": 2})
+    cluster = None if scheduler else _cluster(min(workers, len(runs)), gpus)
+    try:
+        with Client(cluster or scheduler, timeout=20) as client:
+            first = {}
+            for place, run in enumerate(runs):
+                if run.stage1 not in first:
+                    first[run.stage1] = client.submit(_first, run, pure=False, priority=-place)
+            last = {
+                client.submit(_last, run, first[run.stage1], pure=False, priority=-place): run
+                for place, run in enumerate(runs)
+            }
+            for future in as_completed(list(last)):
+                try:
+                    future.result()
+                except KilledWorker:
+                    raise TrainingError(
+                        f"{last[future].name} killed its worker three times; look at memory and at the system's log. What "
+                        "is finished stays: run the same command again to go on."
+                    ) from None
+                yield last[future]
+    except (TimeoutError, ConnectionError) as error:
+        raise TrainingError(f"the Dask scheduler is lost ({error}); run the same command again to go on.") from None
+    finally:
+        if cluster is not None:
+            cluster.close(timeout=5)
+
+
+def _cluster(workers: int, gpus: bool):
+    """Worker processes on this machine that share its cores, or one for each CUDA device."""
+    from distributed import Nanny, Scheduler, SpecCluster
+
+    devices = [None] * workers
+    if gpus:
+        import torch
+
+        devices = list(range(torch.cuda.device_count()))
+        if not devices:
+            raise TrainingError("--gpus: this machine has no CUDA device; use --workers N.")
+    threads = str(max(1, (os.cpu_count() or 1) // len(devices)))
+    specs = {}
+    for number, device in enumerate(devices):
+        environment = {"OMP_NUM_THREADS": threads}
+        environment |= {} if device is None else {"CUDA_VISIBLE_DEVICES": str(device)}
+        options = {"nthreads": 1, "env": environment, "memory_limit": 0, "host": "127.0.0.1", "dashboard_address": None}
+        specs[number] = {"cls": Nanny, "options": options | {"silence_logs": logging.CRITICAL}}
+    head = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": None}}
+    return SpecCluster(workers=specs, scheduler=head, silence_logs=True)
+
+
+def _first(run: Run) -> Path:
+    _prepare()
+    train_first(run)
+    return run.stage1
+
+
+def _last(run: Run, stage1: Path) -> str:
+    _prepare()
+    finish(run)
+    return run.name
+
+
+def _prepare() -> None:
+    import torch
+
+    from xformer.console import set_quiet
+
+    set_quiet(True)  # several runs share one terminal; the ablation speaks for them
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))

@@ -1,0 +1,130 @@
+"""The end of an ablation: scores, claims with verdicts, and what the cache saved, as tables and as JSON."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xformer import publish
+from xformer.console import duration, say, table
+from xformer.evaluation.intervals import student
+from xformer.lab import baselines, features
+from xformer.lab.claims import judge
+from xformer.lab.results import read_result
+from xformer.lab.variants import Variant
+from xformer.local import Phase
+from xformer.settings import Settings
+
+Result = dict[str, Any]
+
+
+def summarise(out: Path, base: Settings, variants: list[Variant], files: list[Path]) -> dict[str, Any]:
+    """Prints and writes OUT/summary.json over all finished runs of these files."""
+    results = [result for file in files if (result := read_result(file)) is not None]
+    report: dict[str, Any] = {
+        "runs": len(results),
+        "of": len(files),
+        "seeds": sorted({result["seed"] for result in results}),
+        "scores": score_rows(results, baselines.read(out)),
+        "claims": judge(results),
+        "cost": cost(out, base, variants, results),
+    }
+    publish.write_json(out / "summary.json", report)
+    show(report, out)
+    return report
+
+
+def score_rows(results: list[Result], systems: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """By system and benchmark: the mean over seeds, half the width of its 95% interval, how many seeds and questions.
+
+    The interval is over seeds only (Student's t); systems without seeds and variants with one seed have none.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for system, scores in systems.items():
+        found[system] = {name: {"mean": value["overall"], "half": None} for name, value in scores.items()}
+    for variant in dict.fromkeys(result["variant"] for result in results):
+        mine = [result for result in results if result["variant"] == variant]
+        for name in mine[0]["scores"]:
+            values = [r["scores"][name]["overall"] for r in mine if "overall" in r["scores"].get(name, {})]
+            if values:
+                more = {"seeds": len(values), "n": mine[0]["scores"][name]["n"]}
+                found.setdefault(variant, {})[name] = mean_and_half(values) | more
+    return found
+
+
+def mean_and_half(values: list[float]) -> dict[str, Any]:
+    """The mean and half its 95% interval over seeds; None with one seed."""
+    half = None
+    if len(values) > 1:
+        half = round(student(len(values) - 1) * float(np.std(values, ddof=1)) / len(values) ** 0.5, 2)
+    return {"mean": round(float(np.mean(values)), 2), "half": half}
+
+
+def cost(out: Path, base: Settings, variants: list[Variant], results: list[Result]) -> dict[str, Any]:
+    """Measured seconds of training and evaluation, and of encoding once against encoding inside every run.
+
+    Online seconds are estimated: images that the runs read, times the measured seconds per image of each encoder. In
+    evaluation an image counts once per benchmark. A stage 1 that variants share counts once on both sides.
+    """
+    stores = {v.name: out / features.store_of(v, base) for v in variants}
+    known = {store: features.encoder_seconds(store) for store in set(stores.values()) if store.is_dir()}
+    by_name = {variant.name: variant for variant in variants}
+    once = sum(seconds["once"] for seconds in known.values())
+    phases = {"stage 1": 0.0, "stage 2": 0.0, "evaluation": 0.0}
+    online, seen = 0.0, set()
+    for result in results:
+        used = result["cost"]
+        counted: dict[Phase, int] = dict(used["images"])
+        if used["stage1_run"] in seen:
+            counted["stage1"] = 0
+        else:
+            phases["stage 1"] += used["stage1_seconds"]
+        seen.add(used["stage1_run"])
+        phases["stage 2"] += used["stage2_seconds"]
+        phases["evaluation"] += used["evaluation_seconds"]
+        if (store := stores[result["variant"]]) in known:
+            online += features.online_seconds(by_name[result["variant"]], known[store], counted)
+    if not known:
+        return {"seconds": phases, "note": "the store is not here: encoding is not counted"}
+    rest = sum(phases.values())
+    return {
+        "seconds": {"encoding, once": round(once, 1)} | {name: round(value, 1) for name, value in phases.items()},
+        "encoding_online_seconds": round(online, 1),
+        "saved_seconds": round(online - once, 1),
+        "ratio": round((rest + online) / (rest + once), 2) if rest + once else None,
+    }
+
+
+def show(report: dict[str, Any], out: Path) -> None:
+    names = list(dict.fromkeys(name for scores in report["scores"].values() for name in scores))
+    rows = [(system, *[spread(scores.get(name)) for name in names]) for system, scores in report["scores"].items()]
+    table(f"scores, mean over {len(report['seeds'])} seeds +- 95% interval over seeds", ("", *names), rows)
+    lines = [
+        (row["claim"], row["source"], *numbers(row), len(row["seeds"]), row["verdict"]) for row in report["claims"]
+    ]
+    heads = ("claim", "paper", "difference", "95% interval", "p (Holm)", "seeds", "verdict")
+    table("claims (the rule stands in xformer/lab/claims.py)", heads, lines)
+    spent = report["cost"]
+    table("cost", ("phase", "time"), [(name, duration(value)) for name, value in spent["seconds"].items()])
+    if spent.get("ratio"):
+        say(
+            f"Encoding ran once. Inside these {report['runs']} runs it would have taken "
+            f"{duration(spent['encoding_online_seconds'])} (estimated from the measured seconds per image): the cache saved "
+            f"{duration(max(0, spent['saved_seconds']))}; with online encoders the whole would take "
+            f"{spent['ratio']:.2f} times as long."
+        )
+    say(f"in {out}: summary.json, results/ (one JSON per run); the page: xformer report {out} --out report.html")
+
+
+def spread(value: dict[str, Any] | None) -> str | None:
+    if value is None:
+        return None
+    return f"{value['mean']:.2f}" + ("" if value["half"] is None else f" +- {value['half']:.2f}")
+
+
+def numbers(row: dict[str, Any]) -> tuple[str | None, str | None, str | None]:
+    """Difference, interval and corrected p of a claim, as text."""
+    if "missing" in row:
+        return None, None, None
+    low, high = row["interval"]
+    return f"{row['difference']:+.2f}", f"{low:+.2f} to {high:+.2f}", f"{row['p_holm']:.4f}"
