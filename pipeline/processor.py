@@ -7,6 +7,7 @@ import torch
 
 from pipeline.store import FeatureStore, first_misfit
 from pipeline.temporary import model_config, picture_store
+from xformer import publish
 from xformer.errors import CorpusError, StoreError
 from xformer.local import local_tokens, mask_ratio
 from xformer.settings import settings_from
@@ -22,6 +23,10 @@ class XFormerProcessor:
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> "XFormerProcessor":
         return cls(Path(folder))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Writes config.json, which is all that a processor needs; a saved model has the same."""
+        publish.write_json(Path(folder) / "config.json", self.config)
 
     def __call__(self, pictures: list[str | Path]) -> dict[str, Any]:
         """Returns `clip` float32 [B, N, Wc] and `local` [B, 1 + visible, Wm] or None.

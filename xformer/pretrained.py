@@ -90,7 +90,8 @@ class XFormerForConditionalGeneration(PreTrainedModel):
 
     def prefix(self, clip: Tensor, local: Tensor | None) -> Tensor:
         """C [B, N, Wc] and M [B, 1 + visible, Wm] -> the soft prompt [B, Q, LLM width]."""
-        enhanced, _ = self.xformer(clip.float(), None if local is None else local.float())
+        like = self.llm_proj.weight
+        enhanced, _ = self.xformer(clip.to(like), None if local is None else local.to(like))
         return self.llm_proj(enhanced)
 
     def forward(self, clip: Tensor, local: Tensor | None, input_ids: Tensor, attention_mask: Tensor) -> Any:

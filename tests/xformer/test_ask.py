@@ -42,7 +42,9 @@ def test_ask_is_what_eval_and_python_answer(corpus: Path, stage2: Path, tmp_path
     processor = XFormerProcessor.from_pretrained(stage2)
     assert model.ask(**processor([picture]), questions=[question]) == [said]
     model.save_pretrained(tmp_path / "saved")  # the saved model alone is enough for both
-    tokens = XFormerProcessor.from_pretrained(tmp_path / "saved")([picture])
+    processor.save_pretrained(tmp_path / "processor")
+    tokens = XFormerProcessor.from_pretrained(tmp_path / "processor")([picture])
+    assert torch.equal(XFormerProcessor.from_pretrained(tmp_path / "saved")([picture])["local"], tokens["local"])
     assert torch.equal(tokens["clip"], processor([picture])["clip"]) and tokens["local"].shape == (1, 17, 96)
     questions = [{"image_id": 1, "question_id": 1, "question": question}]
     answers = [{"question_id": 1, "image_id": 1, "multiple_choice_answer": "1", "answer_type": "number",
