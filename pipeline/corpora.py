@@ -112,7 +112,7 @@ def _read_coco(file: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
         captions: dict[int, list[str]] = {i: [] for i in names}
         for row in content["annotations"]:
             captions[int(row["image_id"])].append(str(row["caption"]))
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise CorpusError(f"{file}: not a COCO caption file: {error}.") from None
     except KeyError as error:
         raise CorpusError(f"{file}: not a COCO caption file: {error} is missing.") from None

@@ -13,7 +13,7 @@ from transformers import ViTMAEForPreTraining
 from pipeline import images, masks
 from xformer.errors import WeightsError
 from xformer.settings import Clip, Mae
-from xformer.weights import resolve, sha256_of
+from xformer.weights import readable, resolve, sha256_of
 
 SCHEMA = 1
 AUTOCAST = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -37,7 +37,8 @@ class ClipEncoder:
         blocks = len(self.model.blocks)
         if max(clip.layers) > blocks:
             raise WeightsError(f"clip.layers {clip.layers}: {clip.architecture} has only {blocks} blocks.")
-        state = {k: v.float() for k, v in load_file(file).items() if not k.startswith(("head.", "fc_norm."))}
+        with readable(clip.weights):
+            state = {k: v.float() for k, v in load_file(file).items() if not k.startswith(("head.", "fc_norm."))}
         wanted = {k for k in self.model.state_dict() if not k.startswith("fc_norm.")}
         if missing := sorted(wanted - set(state)) or sorted(set(state) - wanted):
             raise WeightsError(f"weights {clip.weights}: {missing[0]} does not fit {clip.architecture} {clip.kwargs}.")
@@ -135,5 +136,6 @@ def load_mae(folder: Path, mae: Mae) -> ViTMAEForPreTraining:
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.get("model_type") != "vit_mae":
         raise WeightsError(f"weights {mae.weights}: a {config.get('model_type')} model; --encoder mae needs vit_mae.")
-    model = ViTMAEForPreTraining.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
+    with readable(mae.weights):
+        model = ViTMAEForPreTraining.from_pretrained(folder, local_files_only=True, dtype=torch.float32)
     return model.eval().requires_grad_(False)

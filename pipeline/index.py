@@ -59,6 +59,12 @@ class Index:
         """Whole columns of the index, as Arrow."""
         return pq.read_table(self.folder / "rows.parquet", columns=list(names))
 
+    def damaged(self) -> list[str]:
+        """The index's own files whose bytes are not those that were planned, one line each."""
+        said = "its bytes are not those that were planned; restore it from a copy, or extract into a new store"
+        planned = {self.folder / name: digest for name, digest in self.description.get("sha256", {}).items()}
+        return [f"{f}: {said}" for f, digest in planned.items() if not f.is_file() or file_sha256(f) != digest]
+
     def dead(self) -> Iterator[dict]:
         """Rows that were dead letters at planning."""
         for row in self.column("row", "id", "source", "status", "reason").to_pylist():
@@ -85,6 +91,11 @@ class Captions:
     def __getitem__(self, i: int) -> str:
         chunk = int(np.searchsorted(self._starts, i, side="right")) - 1
         return self._chunks[chunk][i - int(self._starts[chunk])].as_py()
+
+
+def file_sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def ids_sha256(ids: list[str]) -> str:

@@ -22,9 +22,11 @@ def verify(store: Path, repair: bool = False) -> list[str]:
     """Compares every committed shard with its record, and the record with index and array.
 
     With `repair` the bad commits are withdrawn, so that the next extraction makes exactly those shards again.
-    Returns what is wrong, one line each.
+    Returns what is wrong, one line each. Raises StoreError for a damaged index, with which no row can be compared.
     """
     opened, problems = FeatureStore(store), []
+    if damaged := opened.index.damaged():
+        raise StoreError("; ".join(damaged))
     ids = {s: ids_sha256([r["id"] for r in opened.index.shard(s)]) for s in range(opened.index.shards)}
     for name in opened.names():
         array, bad = zarr.open_array(store, path=name, mode="r"), set()

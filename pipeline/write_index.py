@@ -15,7 +15,7 @@ import zarr
 
 from pipeline.captioned import Row
 from pipeline.corpora import Corpus, read_image
-from pipeline.index import CAPTIONS, ROWS
+from pipeline.index import CAPTIONS, ROWS, file_sha256
 from xformer import publish
 from xformer.errors import CorpusError
 
@@ -99,6 +99,8 @@ def write_index(
             publish.fsync_path(path)
             os.replace(path, folder / name)
         _publish_hashes(folder, counts["images"], description["corpus"])
+        files = sorted(p for p in (*(folder / "c").rglob("*"), *(folder / name for name in temporary)) if p.is_file())
+        description["sha256"] = {p.relative_to(folder).as_posix(): file_sha256(p) for p in files}
         publish.write_json(folder / "index.json", description)  # the marker: the index is whole
         return description
     finally:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.store import FeatureArray, FeatureStore
+from pipeline.store import FeatureArray, FeatureStore, first_difference
 from xformer.errors import StoreError
 from xformer.local import Phase, local_tokens, mask_ratio
 from xformer.model import Batch
@@ -54,11 +54,13 @@ class Cache:
             )
         self.local = local_tokens(settings, model)
         if self.local == "mae":
-            self._open_mae(path, settings.mae, mask_ratio(settings, model, phase), settings.local.draws)
+            ratio = mask_ratio(settings, model, phase)
+            self._open_mae(path, settings.mae, ratio, settings.local.draws)
             if pixels and self.kept:
                 self.pixels = {view: self._open(f"pixels/view-{view}") for view in set(self.views)}
             for view in set(self.views) - {0}:
                 self.clips[view] = self._open(f"clip/{layer}/view-{view}/tokens")
+            self._refuse_other_usage(settings.mae, ratio)
         elif self.local == "clip":
             self.mae = [self._open(f"clip/{settings.local.layer}/tokens")]
         arrays = [*self.clips.values(), *self.mae, *self.kept, *self.pixels.values()]
@@ -83,11 +85,18 @@ class Cache:
             for draw in range(len(names))[:most]:
                 self.mae.append(self._open(f"mae/draw-{draw}/tokens"))
                 self.kept.append(self._open(f"mae/draw-{draw}/kept"))
-            have = self.mae[0].attributes["usage"]["mask_ratio"]
-            if have != ratio:
-                raise StoreError(f"{path}: made with mask_ratio {have}, the settings ask for mask_ratio {ratio}.")
         if self.mae[0].shape[-1] != mae.width:
             raise StoreError(f"{path}: mae tokens are {self.mae[0].shape[-1]} wide, the settings say {mae.width}.")
+
+    def _refuse_other_usage(self, mae: Mae, ratio: float) -> None:
+        """Every draw must be masked as the settings ask, and C and M of a draw must show the same crop."""
+        for draw, array in enumerate(self.mae):
+            used, image = array.attributes["usage"], self.clips[self.views[draw]].attributes["usage"]
+            masked = {"mask_ratio": ratio, "draw": draw, "mask_seed": mae.mask_seed}
+            shown = {key: image.get(key) for key in ("view", "crop", "view_seed")}
+            want = (masked if ratio else {}) | shown
+            if difference := first_difference({key: used.get(key) for key in want}, want):
+                raise StoreError(f"{self.store.path}: {array.name}: {difference}, as the settings and C ask.")
 
     @property
     def views(self) -> list[int]:

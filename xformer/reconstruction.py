@@ -11,7 +11,7 @@ from transformers import ViTMAEForPreTraining
 from xformer.errors import WeightsError
 from xformer.losses import patchify
 from xformer.settings import Mae
-from xformer.weights import resolve
+from xformer.weights import readable, resolve
 
 
 def restore_order(kept: Tensor) -> Tensor:
@@ -29,9 +29,10 @@ class FrozenDecoder(nn.Module):
     def __init__(self, weights: str) -> None:
         super().__init__()
         folder = resolve(weights, ("config.json", "model.safetensors|pytorch_model.bin"))
-        loaded: Any = ViTMAEForPreTraining.from_pretrained(
-            folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
-        )
+        with readable(weights):
+            loaded: Any = ViTMAEForPreTraining.from_pretrained(
+                folder, local_files_only=True, dtype=torch.float32, output_loading_info=True
+            )
         model, report = loaded
         if any(key.startswith("decoder") for key in report["missing_keys"]):
             raise WeightsError(f"weights {weights}: no MAE decoder in it; reconstruction needs one.")

@@ -13,7 +13,7 @@ from xformer.model import Batch, XFormer, build_xformer
 from xformer.reconstruction import FrozenDecoder
 from xformer.settings import Settings
 from xformer.text import clean
-from xformer.weights import resolve, sha256_of_folder
+from xformer.weights import readable, resolve, sha256_of_folder
 
 Text = tuple[
     Tensor, Tensor, Tensor
@@ -28,8 +28,9 @@ class FrozenLlm(nn.Module):
         super().__init__()
         weight_files = "model.safetensors|pytorch_model.bin|model.safetensors.index.json|pytorch_model.bin.index.json"
         folder = resolve(weights, ("config.json", weight_files, "tokenizer.json|tokenizer_config.json"))
-        self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-        self.model: Any = OPTForCausalLM.from_pretrained(folder, local_files_only=True, dtype=DTYPES[dtype])
+        with readable(weights):
+            self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+            self.model: Any = OPTForCausalLM.from_pretrained(folder, local_files_only=True, dtype=DTYPES[dtype])
         if self.model.config.model_type != "opt":
             raise WeightsError(f"weights {weights}: a {self.model.config.model_type} model; only OPT is supported.")
         self.model.eval().requires_grad_(False)

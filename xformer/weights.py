@@ -1,8 +1,13 @@
 """Where weights are: inside the package, in a local folder, or on the Hugging Face hub at a pinned revision."""
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from pickle import UnpicklingError
+
+from safetensors import SafetensorError
 
 from xformer.errors import WeightsError
 
@@ -50,6 +55,16 @@ def is_here(spec: str, needed: tuple[str, ...]) -> bool:
         any(isinstance(try_to_load_from_cache(repository, n, revision=revision or None), str) for n in names.split("|"))
         for names in needed
     )
+
+
+@contextmanager
+def readable(spec: str) -> Iterator[None]:
+    """Damaged or hostile weights are one sentence; nothing in them is ever executed, whatever loads them."""
+    try:
+        yield
+    except (OSError, SafetensorError, UnpicklingError, RuntimeError, ValueError, KeyError, EOFError) as error:
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise WeightsError(f"weights {spec} cannot be read: {lines[0][:300]}") from None
 
 
 def _silence_transformers() -> None:

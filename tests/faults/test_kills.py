@@ -1,7 +1,4 @@
-"""Killed extractions, dead workers, lost schedulers, full disks: what the software survives, one line for each fault.
-
-`pytest -m slow tests/faults -s` prints: fault | tried | survived.
-"""
+"""Killed extractions, dead workers, lost schedulers: the rerun ends with the bytes of an uninterrupted build."""
 
 import os
 import random
@@ -179,18 +176,18 @@ if __name__ == "__main__": cli.main()
 def test_an_image_that_crashes_its_process_becomes_a_dead_letter(tmp_path: Path) -> None:
     folder, path = tmp_path / "pictures", tmp_path / "s.zarr"
     folder.mkdir()
-    for i in range(60):
-        Image.fromarray(np.full((8, 8, 3), i, np.uint8)).save(folder / f"{i:03d}.png")
+    for i in range(1000):
+        Image.fromarray(np.full((8, 8, 3), i % 256, np.uint8)).save(folder / f"{i:03d}.png")
     with (folder / "033.png").open("ab") as file:
         file.write(b"crash")
-    words = ["extract", "--encoder", "clip", "--corpus", str(folder), "--store", str(path), "--shard-rows", "16"]
+    words = ["extract", "--encoder", "clip", "--corpus", str(folder), "--store", str(path), "--shard-rows", "128"]
     child = command(*words, cwd=tmp_path, code=CRASHING)
     _, errors = child.communicate(timeout=500)
     assert child.returncode == 0, errors[-3000:]
     dead = upkeep.describe(path)["dead"]
     assert [d["id"] for d in dead] == ["033.png"] and "crashes" in dead[0]["reason"]
     assert store.FeatureStore(path).complete("clip/5/tokens").missing_shards == []
-    line("an image that crashes the process", 1, 1)
+    line("an image that crashes the process, 1 in 1,000: rows", 999, 1000 - len(dead))
 
 
 @pytest.mark.slow
@@ -234,14 +231,11 @@ def test_a_lost_scheduler_is_one_sentence_and_the_rerun_goes_on(corpus: Path, tm
         scheduler.kill()
         worker.wait()
         scheduler.communicate()
-    before = {p: p.stat().st_mtime_ns for p in path.rglob("commits/[0-9]*.json")}
+    done = commits.committed(path, "clip/5/tokens")
+    before = {s: store.shard_file(path, "clip/5/tokens", s, 3).stat().st_mtime_ns for s in done}
     again = command(*words, cwd=tmp_path)
     _, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
-    assert len(before) >= 3 and upkeep.verify(path) == []
-    line("the scheduler is lost", 1, 1)
-
-
-def test_two_extractions_one_owner(corpus: Path, features: Path, tmp_path: Path) -> None:
-    with store.owner(features), pytest.raises(StoreError, match="another extraction"):
-        extract(open_corpus(corpus), features, ["clip"], load_settings(), in_process=True)
+    after = {s: store.shard_file(path, "clip/5/tokens", s, 3).stat().st_mtime_ns for s in before}
+    assert len(before) >= 3 and upkeep.verify(path) == [] and after == before
+    line("the scheduler is lost; committed shards left alone", len(before), sum(after[s] == before[s] for s in before))
