@@ -1,6 +1,6 @@
 """Ratios measured side by side in one run: start-up, memory of an extraction, and reading shuffled rows.
 
-python -m benchmarks [start] [memory] [reader] [step] [scoring] [queries] [--json FILE]
+python -m benchmarks [start] [memory] [reader] [extraction] [plan] [step] [scoring] [queries] [--json FILE]
 """
 
 import json
@@ -11,6 +11,7 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks.extraction import extraction, planned
 from benchmarks.reader import reader
 from benchmarks.scoring import queries, scoring
 from xformer.console import say, table
@@ -87,7 +88,10 @@ def step() -> dict:
     return run()
 
 
-PARTS = {"start": start, "memory": memory, "reader": reader, "step": step, "scoring": scoring, "queries": queries}
+PARTS = {
+    "start": start, "memory": memory, "reader": reader, "extraction": extraction, "plan": planned, "step": step,
+    "scoring": scoring, "queries": queries,
+}  # fmt: skip
 
 
 def main() -> None:
