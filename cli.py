@@ -567,6 +567,37 @@ def _numbers(text: str) -> list[int]:
 
 
 @app.command()
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder, or a recorded reference.")],
+    second: Annotated[Path, typer.Argument(metavar="RUN", help="Another, for example reference/tiny.")],
+    out: Annotated[Path, typer.Option(help="Folder for compare.json and compare.png.")] = Path("compare"),
+    quiet: Quiet = False,
+) -> None:
+    """Two runs side by side: settings, losses, curves; and whether one lies in a reference's band."""
+    _settings("tiny", None, None, None, quiet)
+    from xformer.compare import compare as run
+
+    run(first, second, out)
+
+
+@app.command()
+def reference(
+    out: Annotated[Path, typer.Option(help="Folder for stage1.json, stage2.json and their pictures.")],
+    seeds: Annotated[int, typer.Option(help="Runs of each stage; the band is what one more seed would do.")] = 3,
+    steps: Annotated[int, typer.Option(min=3, help="Steps of each stage.")] = 150,
+    preset: Preset = "tiny",
+    config: Config = None,
+    set_: Set = None,
+    quiet: Quiet = False,
+) -> None:
+    """Record a short reference run over several seeds, to compare others with."""
+    settings = _settings(preset, config, set_, None, quiet)
+    from xformer.reference import record
+
+    record(out, settings, seeds, steps, config, list(set_ or []), run_command)
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for everything the demo makes.")] = Path("demo"),
     preset: Preset = "tiny",

@@ -1,6 +1,6 @@
 """Ratios measured side by side in one run: start-up, memory of an extraction, and reading shuffled rows.
 
-python -m benchmarks [start] [memory] [reader] [extraction] [plan] [step] [scoring] [queries] [--json FILE]
+python -m benchmarks [start] [memory] [reader] [extraction] [plan] [step] [scoring] [queries] [online] [--json FILE]
 """
 
 import json
@@ -88,9 +88,16 @@ def step() -> dict:
     return run()
 
 
+def online() -> dict:
+    """Training steps from the cache against both encoders online, and our loop against a bare one."""
+    from benchmarks.online import PARTS as parts
+
+    return {name: run() for name, run in parts.items()}
+
+
 PARTS = {
     "start": start, "memory": memory, "reader": reader, "extraction": extraction, "plan": planned, "step": step,
-    "scoring": scoring, "queries": queries,
+    "scoring": scoring, "queries": queries, "online": online,
 }  # fmt: skip
 
 

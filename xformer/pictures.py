@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from xformer import checkpoint
+from xformer.compare import Record, band
 from xformer.data import Cache, normalised
 from xformer.losses import reconstruction
 from xformer.model import build_stage1
@@ -44,6 +45,45 @@ def loss_curves(runs: dict[str, list[Path]], out: Path) -> None:
     axes[0].set_ylabel("loss")
     axes[0].legend(frameon=False, fontsize=8)
     figure.savefig(out, dpi=130)
+    plt.close(figure)
+
+
+def compared_curves(records: list[Record], out: Path) -> None:
+    """One panel per figure that all records have: lines in training, dots on the validation split, a reference's band."""
+    first = records[0].curves
+    names = [n for n in dict.fromkeys([*first["train"], *first["validate"]]) if n not in ("loss", "gradient_norm")]
+    names = [n for n in names if all(n in r.curves["train"] or n in r.curves["validate"] for r in records)]
+    columns = min(4, len(names))
+    lines = -(-len(names) // columns)
+    figure, axes = plt.subplots(
+        lines, columns, figsize=(3.6 * columns, 2.7 * lines), layout="constrained", squeeze=False
+    )
+    for axis, name in zip(axes.flat, names, strict=False):
+        for record, colour in zip(records, COLOURS.values(), strict=False):
+            for event, style in (("train", "-"), ("validate", "o")):
+                curve = record.curves[event].get(name, {})
+                steps = sorted(curve)
+                means = [float(np.mean(curve[step])) for step in steps]
+                if len(record.seeds) > 1 and steps:
+                    low, high = zip(*(band(curve[step]) for step in steps), strict=True)
+                    if event == "train":
+                        axis.fill_between(steps, low, high, color=colour, alpha=0.15, lw=0)
+                    else:
+                        axis.vlines(steps, low, high, color=colour, lw=5, alpha=0.25)
+                if steps:
+                    axis.plot(steps, means, style, color=colour, ms=4, lw=1.4)
+        axis.set(title=PANELS.get(name, name.replace("_", " ")), xlabel="step")
+        axis.title.set_fontsize(10)
+        axis.grid(alpha=0.25)
+        axis.spines[["top", "right"]].set_visible(False)
+    for axis in axes.flat[len(names) :]:
+        axis.axis("off")
+    for record, colour in zip(records, COLOURS.values(), strict=False):
+        many = f", mean and 95% band of {len(record.seeds)} seeds" if len(record.seeds) > 1 else ""
+        axes.flat[0].plot([], [], "-", color=colour, label=f"{record.name}{many}")
+    figure.legend(loc="outside lower center", frameon=False, fontsize=9, ncols=2)
+    figure.suptitle(f"stage {records[0].stage}: lines in training, dots on the validation split", fontsize=10)
+    figure.savefig(out, dpi=110)
     plt.close(figure)
 
 
