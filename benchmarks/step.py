@@ -24,30 +24,14 @@ from xformer.settings import load_settings
 from xformer.text import generation_labels
 
 VOCABULARY, BEGIN, PADDED, BATCH, ROUNDS = 10_000, 9_999, 32, 4, 5
-LAYERS, DECODER_LAYERS = (
-    4,
-    3,
-)  # a third of the paper's depth and vocabulary, so that two cores do; widths are the paper's
+# A third of the paper's depth and vocabulary, so that two cores do; the widths are the paper's.
+LAYERS, DECODER_LAYERS = 4, 3
+MAX_DIFFERENCE = 1e-5  # of any gradient
 # Captions by words + [CLS] + [SEP] among 375 of COCO's validation captions (rare words split, so true lengths are longer).
 LENGTHS = {
-    9: 2,
-    10: 51,
-    11: 79,
-    12: 75,
-    13: 59,
-    14: 47,
-    15: 22,
-    16: 10,
-    17: 11,
-    18: 5,
-    19: 5,
-    20: 2,
-    21: 2,
-    23: 2,
-    24: 1,
-    28: 1,
+    9: 2, 10: 51, 11: 79, 12: 75, 13: 59, 14: 47, 15: 22, 16: 10, 17: 11, 18: 5, 19: 5, 20: 2, 21: 2, 23: 2, 24: 1, 28: 1,
     32: 1,
-}
+}  # fmt: skip
 
 
 def build() -> Stage1:
@@ -154,6 +138,10 @@ def step() -> dict:
         gradients[name] = {n: p.grad.clone() for n, p in stage1.named_parameters() if p.grad is not None}
     assert set(gradients["ours"]) == set(gradients["as LAVIS"]) and not any("decoder" in n for n in gradients["ours"])
     error = max(float((gradients["ours"][n] - g).abs().max()) for n, g in gradients["as LAVIS"].items())
+    if error > MAX_DIFFERENCE:
+        raise SystemExit(
+            f"the gradients of the two steps differ by {error:.1e}; at most {MAX_DIFFERENCE:.0e} is rounding."
+        )
     scale = max(float(g.abs().max()) for g in gradients["as LAVIS"].values())
     del gradients
     seconds: dict[str, list[float]] = {name: [] for name in STEPS}

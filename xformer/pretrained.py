@@ -103,10 +103,12 @@ class XFormerForConditionalGeneration(PreTrainedModel):
 
     @torch.inference_mode()
     def generate(self, clip: Tensor, local: Tensor | None = None, prompts: list[str] | None = None) -> list[str]:
-        """Continues each prompt (none: a caption) after its image, by the beam search of the settings' `eval`."""
+        """Continues each prompt after its image by the beam search of `eval`; without prompts describes it, as long as
+        `eval.captions` says."""
+        search = self.resolved.eval.for_captions() if prompts is None else self.resolved.eval
         begin = [self.resolved.llm.prompt] * len(clip) if prompts is None else prompts
-        return complete(self.llm, self.prefix(clip, local), begin, self.resolved.eval)
+        return complete(self.llm, self.prefix(clip, local), begin, search)
 
-    def ask(self, clip: Tensor, local: Tensor | None = None, questions: list[str] | None = None) -> list[str]:
+    def ask(self, clip: Tensor, local: Tensor | None, questions: list[str]) -> list[str]:
         """Answers one question per image in the words of `eval.prompt`."""
-        return self.generate(clip, local, [self.resolved.eval.prompt.format(q) for q in questions or []])
+        return self.generate(clip, local, [self.resolved.eval.prompt.replace("{}", q) for q in questions])

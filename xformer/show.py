@@ -108,7 +108,9 @@ def _draw(file: Path, picture: Path, panels: dict, similar: np.ndarray, rows: di
     top.colorbar(drawn, ax=axes[-1], shrink=0.7)
     for part, (name, maps) in zip(parts[1:], rows.items(), strict=True):
         part.suptitle(
-            f"attention of each query over {name} (last cross-attention, mean over heads; masked: grey)", fontsize=9
+            f"attention of each query over {name} (last cross-attention, mean over heads, each up to its own maximum; "
+            "masked: grey)",
+            fontsize=9,
         )
         tiles = part.subplots(lines, ACROSS, squeeze=False)
         for axis in tiles.flat:

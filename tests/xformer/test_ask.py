@@ -41,6 +41,8 @@ def test_ask_is_what_eval_and_python_answer(corpus: Path, stage2: Path, tmp_path
     model = XFormerForConditionalGeneration.from_pretrained(stage2)
     processor = XFormerProcessor.from_pretrained(stage2)
     assert model.ask(**processor([picture]), questions=[question]) == [said]
+    main(["caption", str(picture), "--checkpoint", str(stage2)])
+    assert capsys.readouterr().out == f"{picture}: {model.generate(**processor([picture]))[0]}\n"
     model.save_pretrained(tmp_path / "saved")  # the saved model alone is enough for both
     processor.save_pretrained(tmp_path / "processor")
     tokens = XFormerProcessor.from_pretrained(tmp_path / "processor")([picture])
