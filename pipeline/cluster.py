@@ -4,6 +4,7 @@ import asyncio
 import concurrent.futures
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,7 +127,8 @@ def run_on_dask(job: Job, todo: Todo, workers: int, scheduler: str | None) -> It
         raise lost from None
     finally:
         if cluster is not None:
-            cluster.close(timeout=5)
+            with suppress(TimeoutError):  # on a busy machine; what is done is done, and the processes end with this one
+                cluster.close(timeout=5)
 
 
 def _search(job: Job, shard: int, names: list[str], tries: int) -> None:
