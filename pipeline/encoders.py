@@ -47,7 +47,8 @@ class ClipEncoder:
         except RuntimeError as error:
             raise WeightsError(f"weights {clip.weights}: {str(error).splitlines()[-1].strip()}") from None
         self.model.eval().requires_grad_(False).to(self.device)
-        self.tokens: int = (image_size // self.model.patch_embed.patch_size[0]) ** 2 + self.model.num_prefix_tokens
+        only_global = clip.tokens == "global"
+        self.tokens: int = self.model.num_prefix_tokens + (0 if only_global else self.model.patch_embed.num_patches)
         self.identity = {
             "schema": SCHEMA,
             "encoder": "clip",
@@ -59,7 +60,7 @@ class ClipEncoder:
             "image_size": image_size,
             "autocast": clip.autocast,
             "quantiser": "fp16",
-        }
+        } | ({"tokens": "global"} if only_global else {})
 
     def layer_identity(self, layer: int) -> dict:
         return self.identity | {"layer": layer}
@@ -80,7 +81,10 @@ class ClipEncoder:
                 intermediates_only=True,
             )
         return {
-            layer: torch.cat([prefix, patches], 1).float().cpu().numpy()
+            layer: (prefix if self.settings.tokens == "global" else torch.cat([prefix, patches], 1))
+            .float()
+            .cpu()
+            .numpy()
             for layer, (patches, prefix) in zip(sorted(set(layers)), found, strict=True)
         }
 

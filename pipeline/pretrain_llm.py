@@ -5,19 +5,29 @@ the projected queries stand where the first caption stands here: in front of the
 """
 
 import json
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
+from torch.nn import functional as F
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from pipeline import pretrain
 from xformer.console import progress, say
+from xformer.text import clean
 
 VOCABULARY, WIDTH, DEPTH, CONTEXT = 512, 128, 4, 256
 SPECIAL = ["<s>", "<pad>", "</s>", "<unk>"]  # OPT's ids: 1 pads, 2 begins and ends
+END, PAD = 2, 1
+MAX_WORDS = 50  # captions are cleaned as stage 2 cleans them
+QUESTIONS = 6  # per caption in a training text
+BLIND = 0.1  # share of training texts without a caption in front: what the language alone can know
+NOISE = 0.5  # of the embeddings' own standard deviation, at most, on the caption in front
 PROMPT = "Question: {} Short Answer:"
 
 
@@ -47,19 +57,81 @@ def byte_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     )
 
 
-def write_sample(rng: np.random.Generator, captions: list[str], asked: list[tuple[str, str]]) -> str:
-    """One training text about one picture; </s> is written out where it stands."""
-    first, second = (captions[i] for i in rng.permutation(len(captions))[:2])
-    order = rng.permutation(len(asked))
-    answers = [f"{PROMPT.format(asked[i][0])} {asked[i][1]}\n" for i in order]
-    form = rng.random()
-    if form < 0.50:  # comprehension: the caption holds the answer
-        return first + "</s>" + "</s>".join(answers[:3])
-    if form < 0.80:
-        return f"{first}</s>{second}\n"
-    if form < 0.88:
-        return f"</s>{first}\n"
-    return f"</s>{answers[0]}"
+@dataclass(frozen=True)
+class Known:
+    """What can be said about one training picture, tokenised: captions, and questions with their answers."""
+
+    captions: list[list[int]]
+    asked: list[tuple[list[int], list[int]]]
+
+
+def write_sample(rng: np.random.Generator, known: Known, newline: int) -> tuple[list[int], list[tuple[list[int], int]]]:
+    """One training text about one picture: a caption in front (now and then nothing), and what may follow it.
+
+    Returns: the front's ids, and the continuations: ids, </s> first and a line break last, and how many of the last
+    ids are an answer. The first continuation is another caption, the others are questions.
+    """
+    first, second = (known.captions[i] for i in rng.permutation(len(known.captions))[:2])
+    chosen = [known.asked[i] for i in rng.permutation(len(known.asked))[:QUESTIONS]]
+    said = [([END, *second, newline], 0)]
+    said += [([END, *question, *answer], len(answer)) for question, answer in chosen]
+    return ([] if rng.random() < BLIND else first), said
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Samples side by side in rows: a continuation sees the front and itself, at the positions that follow the front."""
+
+    ids: Tensor  # int64 [B, T], PAD where nothing is
+    positions: Tensor  # int64 [B, T]
+    front: Tensor  # bool [B, T]
+    allowed: Tensor  # bool [B, 1, T, T], true = may be attended to
+    labels: Tensor  # int64 [B, T], the next id of the same text; -100 where there is none
+    answers: Tensor  # bool [B, T], true where the label is part of an answer
+
+
+def pack(samples: list[tuple[list[int], list[tuple[list[int], int]]]]) -> Packed:
+    """Every text as if it stood alone after the front: many questions cost one reading of the caption."""
+    longest = max(len(front) + sum(len(ids) for ids, _ in said) for front, said in samples)
+    shape = (len(samples), longest)
+    ids, positions, part = np.full(shape, PAD), np.zeros(shape, np.int64), np.full(shape, -1)
+    labels, answers = np.full(shape, -100), np.zeros(shape, bool)
+    for i, (front, said) in enumerate(samples):
+        start = 0
+        for number, (text, answered) in enumerate([(front, 0), *said]):
+            if not text:
+                continue
+            here = slice(start, start + len(text))
+            ids[i, here], part[i, here] = text, number
+            positions[i, here] = np.arange(len(text)) + (len(front) if number else 0)
+            labels[i, start : start + len(text) - 1] = text[1:]
+            answers[i, start + len(text) - 1 - answered : start + len(text) - 1] = True
+            start += len(text)
+    same = (part[:, :, None] == part[:, None, :]) | (part[:, None, :] == 0)
+    allowed = same & np.tri(longest, dtype=bool)
+    packed = (ids, positions, part == 0, allowed[:, None], labels, answers)
+    return Packed(*map(torch.from_numpy, packed))
+
+
+def text_losses(model: Any, packed: Packed, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Mean loss over all tokens, and over answer tokens, which are few and count as much as all the others.
+
+    The caption in front gets Gaussian noise of up to half the embeddings' standard deviation: soft prompts, which take
+    its place in stage 2, are never exactly words, and an OPT of billions of weights bears that unasked.
+    """
+    embedded = model.get_input_embeddings()(packed.ids)
+    table = model.get_input_embeddings().weight.detach()
+    spread = table.std() * NOISE * torch.rand(len(packed.ids), 1, 1, generator=generator)
+    noise = torch.randn(embedded.shape, generator=generator) * spread
+    hidden = model.model(
+        inputs_embeds=embedded + noise * packed.front[..., None],
+        attention_mask=packed.allowed,
+        position_ids=packed.positions,
+        use_cache=False,
+    ).last_hidden_state
+    said = packed.labels != -100
+    loss = F.cross_entropy(model.lm_head(hidden[said]), packed.labels[said], reduction="none")
+    return loss.mean(), loss[packed.answers[said]].mean()
 
 
 def read_answers(
@@ -80,7 +152,7 @@ def read_answers(
     return found
 
 
-def pretrain_llm(corpus: Path, out: Path, seed: int = 0, steps: int = 14000, batch: int = 32) -> dict[str, object]:
+def pretrain_llm(corpus: Path, out: Path, seed: int = 0, steps: int = 4000, batch: int = 24) -> dict[str, object]:
     """Trains and writes `out` (weights, config, tokenizer) with its card; returns the card's figures."""
     rng = pretrain.begin(seed)
     folder = pretrain.shapes_split(corpus, "train")
@@ -89,8 +161,21 @@ def pretrain_llm(corpus: Path, out: Path, seed: int = 0, steps: int = 14000, bat
     for row in json.loads((folder / "qa.json").read_text(encoding="utf-8")):
         asked.setdefault(row["image_id"], []).append((row["question"], row["answer"]))
     ids = np.array(sorted(set(captions) & set(asked)))
-    sample = [write_sample(rng, captions[i], asked[i]) for i in ids[:5000]]
-    tokenizer = byte_tokenizer([part for text in sample for part in text.split("</s>")])
+    spoken = {int(i): [clean(text, MAX_WORDS) for text in captions[i]] for i in ids}
+    tokenizer = byte_tokenizer(
+        [text for i in ids[:5000] for text in [*spoken[i], *(f"{PROMPT.format(q)} {a}\n" for q, a in asked[i])]]
+    )
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    seen: dict[str, list[int]] = {}  # the same questions are asked about many pictures
+
+    def once(text: str) -> list[int]:
+        return seen[text] if text in seen else seen.setdefault(text, encode(text))
+
+    known = {
+        i: Known([encode(t) for t in texts], [(once(PROMPT.format(q)), once(f" {a}\n")) for q, a in asked[i]])
+        for i, texts in spoken.items()
+    }
+    newline, generator = encode("\n")[0], torch.Generator().manual_seed(seed)
     config = OPTConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
@@ -102,6 +187,7 @@ def pretrain_llm(corpus: Path, out: Path, seed: int = 0, steps: int = 14000, bat
         dropout=0.0,
         attention_dropout=0.0,
         layerdrop=0.0,
+        init_std=WIDTH**-0.5,  # OPT's 0.02 is for wide models: here attention would start flat and learn no look-ups
         pad_token_id=1,
         bos_token_id=2,
         eos_token_id=2,
@@ -111,18 +197,17 @@ def pretrain_llm(corpus: Path, out: Path, seed: int = 0, steps: int = 14000, bat
     schedule = pretrain.warm_cosine(optimizer, steps, 300)
     with progress("pretrain llm", steps, "steps") as bar:
         for _ in range(steps):
-            texts = [write_sample(rng, captions[i], asked[i]) for i in rng.choice(ids, batch)]
-            tokens = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
-            labels = tokens["input_ids"].masked_fill(tokens["attention_mask"] == 0, -100)
-            loss = model(input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"], labels=labels).loss
+            samples = [write_sample(rng, known[i], newline) for i in rng.choice(ids, batch).tolist()]
+            every, answers = text_losses(model, pack(samples), generator)
+            loss = every + answers
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            bar.advance(note=f"loss {loss.item():.3f}")
+            bar.advance(note=f"loss {every.item():.3f}, of answers {answers.item():.3f}")
     model.eval()
-    figures = {"training loss, last step": round(loss.item(), 4), "steps": steps, "batch": batch}
+    figures = {"training loss of answers, last step": round(answers.item(), 4), "steps": steps, "batch": batch}
     figures |= _reading(model, tokenizer, pretrain.shapes_split(corpus, "val"))
     out.mkdir(parents=True, exist_ok=True)
     model.half().save_pretrained(out)
@@ -150,7 +235,7 @@ def _reading(model: OPTForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: 
     questions = json.loads((folder / "vqa_questions.json").read_text(encoding="utf-8"))["questions"][:2000]
     annotations = json.loads((folder / "vqa_annotations.json").read_text(encoding="utf-8"))["annotations"][:2000]
     texts = [q["question"] for q in questions]
-    given = [captions[q["image_id"]][0] for q in questions]
+    given = [clean(captions[q["image_id"]][0], MAX_WORDS) for q in questions]
     figures: dict[str, object] = {}
     for name, prefixes in (("given a true caption", given), ("blind", [""] * len(texts))):
         answers = read_answers(model, tokenizer, prefixes, texts)

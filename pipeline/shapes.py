@@ -191,6 +191,8 @@ def _write_split(folder: Path, split: str, count: int, seed: int, side: int) -> 
             for text in shapes_text.web_captions(scene, rng):
                 web.append({"id": len(web) + 1, "image_id": image_id, "caption": text})
         writer.add(image_id, scene, rng)
+        if split == "train":
+            writer.add_more(image_id, scene, rng)
     _write_json(folder / "captions.json", {"images": images, "annotations": captions})
     if split == "train":
         _write_json(folder / "web_captions.json", {"images": images, "annotations": web})

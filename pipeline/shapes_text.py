@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from pipeline.shapes import Scene, Shape
 
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
-COUNTED = 0.94  # share of captions that state counts
+COUNTED = 0.98  # share of captions that state counts; from the others no count can be learned
+MORE_QUESTIONS = 10  # of each training picture, for the language model, beside those that every split has
+COUNTS = (0.44, 0.2, 0.13, 0.09, 0.06, 0.04, 0.02, 0.02)  # how often a kind that is there occurs 1, 2, .. 8 times
 
 
 def plural(kind: str) -> str:
@@ -53,7 +55,7 @@ def _join(parts: list[str]) -> str:
 
 
 def captions(scene: Scene, rng: np.random.Generator, n: int = 3) -> list[str]:
-    """`n` differently worded captions; 94% of them state every count, most of them positions."""
+    """`n` differently worded captions; 98% of them state every count, most of them positions."""
     texts = []
     for _ in range(n):
         counted = bool(rng.random() < COUNTED)
@@ -124,10 +126,11 @@ def _ask_yes_no(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
             more, fewer = (a, b) if kinds[a] > kinds[b] else (b, a)
             first, second = (more, fewer) if wanted else (fewer, more)
             return f"Are there more {plural(first)} than {plural(second)}?", "yes" if wanted else "no"
-    if form == 1:
+    if form == 1:  # a false number is drawn as true ones are distributed: the question alone must not betray the answer
         kind = _pick(rng, sorted(kinds))
-        n = kinds[kind] if wanted else kinds[kind] + (1 if kinds[kind] == 1 or rng.random() < 0.5 else -1)
-        n = min(n, 8) if n != kinds[kind] or wanted else kinds[kind] - 1
+        n, wrong = kinds[kind], np.array(COUNTS)
+        wrong[n - 1] = 0
+        n = n if wanted else int(rng.choice(np.arange(1, 9), p=wrong / wrong.sum()))
         verb, noun = ("Is", kind) if n == 1 else ("Are", plural(kind))
         return f"{verb} there exactly {NUMBERS[n]} {noun}?", "yes" if n == kinds[kind] else "no"
     if wanted:
@@ -139,7 +142,7 @@ def _ask_yes_no(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
 
 
 def _ask_other(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
-    """Colour, shape or background; always answerable without a doubt."""
+    """Colour or shape; always answerable without a doubt, by the picture and by any of its captions."""
     by_kind: dict[str, set[str]] = {}
     by_colour: dict[str, set[str]] = {}
     for s in scene.shapes:
@@ -152,8 +155,6 @@ def _ask_other(scene: Scene, rng: np.random.Generator) -> tuple[str, str]:
         if len(c) == 1
     ]
     options += [(f"What shape is {c}?", next(iter(k))) for c, k in sorted(by_colour.items()) if len(k) == 1]
-    if not options or rng.random() < 0.02:
-        options = [("Is the background dark or bright?", "dark" if scene.dark else "bright")]
     return _pick(rng, options)
 
 
@@ -202,10 +203,11 @@ def _gqa(scene: Scene, rng: np.random.Generator) -> dict[str, dict]:
         query = ask(question, answer, "query", "attr", "attrColor", "color")
         exists = ask(f"Is there a {kind}?", "yes", "verify", "obj", "exist", None)
         found[query]["entailed"] = [exists]
-    elif question.startswith("What shape"):
-        ask(question, answer, "query", "cat", "categoryThat", "shape")
     else:
-        ask(question, answer, "choose", "global", "sceneChoose", "background")
+        ask(question, answer, "query", "cat", "categoryThat", "shape")
+    if rng.random() < 0.1:
+        shade = "dark" if scene.dark else "bright"
+        ask("Is the background dark or bright?", shade, "choose", "global", "sceneChoose", "background")
     s = _pick(rng, list(scene.shapes))
     others = [c for c in ("red", "green", "blue", "yellow", "purple", "orange") if c != s.colour]
     if all(t.colour == s.colour for t in scene.shapes if t.kind == s.kind):
@@ -214,15 +216,18 @@ def _gqa(scene: Scene, rng: np.random.Generator) -> dict[str, dict]:
         ask(f"Is the {s.kind} {pair[0]} or {pair[1]}?", s.colour, "choose", "attr", "attrChoose", "color")
     if len(parts) >= 2:
         a, b = parts[0][0], parts[1][0]
-        if len(parts[0]) == len(parts[1]) == kinds[a.kind] == kinds[b.kind] == 1 and abs(a.x - b.x) > 0.15:
+        sides = {position(parts[0]), position(parts[1])} == {"on the left", "on the right"}
+        if len(parts[0]) == len(parts[1]) == kinds[a.kind] == kinds[b.kind] == 1 and sides:
             wanted = "yes" if a.x < b.x else "no"
             ask(f"Is the {a.kind} to the left of the {b.kind}?", wanted, "verify", "rel", "relVerify", None)
         if a.kind != b.kind and kinds[a.kind] == len(parts[0]) and kinds[b.kind] == len(parts[1]):
             same = "yes" if a.colour == b.colour else "no"
             ask(f"Do the {a.kind} and the {b.kind} have the same color?", same, "compare", "attr", "sameColor", None)
-        both = f"Are there both {plural(a.kind)} and {plural(b.kind)}?"
+        absent = sorted({"circle", "square", "triangle", "cross"} - set(kinds))
         if a.kind != b.kind:
-            ask(both, "yes", "logical", "obj", "existAnd", None)
+            second, answer = (_pick(rng, absent), "no") if absent and rng.random() < 0.5 else (b.kind, "yes")
+            both = f"Are there both {plural(a.kind)} and {plural(second)}?"
+            ask(both, answer, "logical", "obj", "existAnd", None)
     return found
 
 
@@ -231,6 +236,7 @@ class QuestionWriter:
 
     def __init__(self) -> None:
         self.rows: list[dict] = []
+        self.more: list[dict] = []
         self.oc: list[dict] = []
         self.mci: list[dict] = []
         self.gqa: dict[str, dict] = {}
@@ -272,8 +278,17 @@ class QuestionWriter:
             self.gqa[str(base + int(key))] = row | {"imageId": str(image_id)}
 
     def plain(self) -> list[dict]:
-        """Questions and answers as text, for the language model."""
-        return [{k: row[k] for k in ("image_id", "question", "answer")} for row in self.rows]
+        """Questions and answers as text, for the language model: of every benchmark, in VQA's answer format."""
+        rows = [(row["image_id"], row["question"], row["answer"]) for row in [*self.rows, *self.more]]
+        rows += [(row["image_id"], row["text_in"], row["text_out"].lower().strip(".")) for row in self.mci]
+        rows += [(int(row["imageId"]), row["question"], row["answer"]) for row in self.gqa.values()]
+        return [dict(zip(("image_id", "question", "answer"), row, strict=True)) for row in rows]
+
+    def add_more(self, image_id: int, scene: Scene, rng: np.random.Generator) -> None:
+        """Further questions about a training picture: text costs nothing, and reading is learned from many of them."""
+        for i in range(MORE_QUESTIONS):
+            question, answer = ASKERS[("number", "yes/no", "number", "other", "yes/no")[i % 5]](scene, rng)
+            self.more.append({"image_id": image_id, "question": question, "answer": answer})
 
     def benchmarks(self) -> dict[str, object]:
         """The validation files by name, in the formats of VQAv2, GVTBench and GQA."""

@@ -45,6 +45,7 @@ class Clip(Section):
     kwargs: dict[str, int | float | bool | str]
     width: Count
     layers: Annotated[list[Count], Field(min_length=1)]
+    tokens: Literal["all", "global"]
     mean: Triple
     std: Triple
     autocast: Precision

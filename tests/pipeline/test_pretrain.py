@@ -33,6 +33,32 @@ def test_the_embedded_mae_beats_each_images_mean(corpus: Path) -> None:
     assert error < 0.75 * mean
 
 
+def test_packed_texts_are_read_as_if_each_stood_alone() -> None:
+    import torch
+    from transformers import OPTConfig, OPTForCausalLM
+
+    from pipeline.pretrain_llm import END, pack
+
+    torch.manual_seed(0)
+    config = OPTConfig(vocab_size=40, hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=2, ffn_dim=64,
+                       num_attention_heads=2, max_position_embeddings=64)  # fmt: skip
+    model = OPTForCausalLM(config).eval()
+    samples = [([5, 6, 7, 8], [([END, 9, 10], 0), ([END, 11, 12, 13, 14], 2)]), ([], [([END, 15, 16, 17], 1)])]
+    packed = pack(samples)
+    together = model.model(
+        input_ids=packed.ids, attention_mask=packed.allowed, position_ids=packed.positions, use_cache=False
+    ).last_hidden_state
+    for row, (front, said) in enumerate(samples):
+        start = len(front)
+        for text, answered in said:
+            alone = model.model(input_ids=torch.tensor([front + text])).last_hidden_state[0, len(front) :]
+            here = slice(start, start + len(text))
+            assert torch.allclose(together[row, here], alone, atol=1e-5)
+            assert packed.labels[row, here].tolist() == [*text[1:], -100]
+            assert int(packed.answers[row, here].sum()) == answered
+            start += len(text)
+
+
 @pytest.mark.parametrize("what", ["clip", "mae", "llm"])
 def test_training_again_gives_the_same_bytes(what: str, corpus: Path, tmp_path: Path) -> None:
     for name in ("a", "b"):

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from pipeline import shapes, shapes_text
+from pipeline.shapes_text import NUMBERS
 from xformer.errors import CorpusError
+from xformer.text import clean
 
 
 def digest(folder: Path) -> str:
@@ -86,6 +88,66 @@ def test_counting_questions_have_true_answers() -> None:
             if all(w in (s.colour, shapes_text.plural(s.kind), "objects", "are", "there") for w in words)
         ]
         assert int(answer) == len(matching)
+
+
+def read_caption(caption: str) -> list[tuple[str, str, int | None]]:
+    """(kind, colour, how many or None where it does not say) of every group a caption names."""
+    kinds = {k: k for k in shapes.KINDS} | {shapes_text.plural(k): k for k in shapes.KINDS}
+    words = clean(caption, 50).replace(",", " ").split()
+    found = []
+    for i, word in enumerate(words):
+        if word in kinds:
+            before = [w for w in words[max(0, i - 3) : i - 1] if w not in ("small", "large")]
+            number = before[-1] if before else ""
+            found.append((kinds[word], words[i - 1], NUMBERS.index(number) if number in NUMBERS[1:] else None))
+    return found
+
+
+def read_answer(question: str, groups: list[tuple[str, str, int | None]]) -> str | None:
+    """What an exact reader of a caption answers; None where the caption does not say."""
+    words = question.rstrip("?").split()
+    named = [k for w in words for k in shapes.KINDS if w in (k, shapes_text.plural(k))]
+    colour = next((w for w in words if w in shapes.COLOURS), None)
+
+    def count(kind: str | None) -> int | None:
+        counts = [n for k, c, n in groups if kind in (None, k) and colour in (None, c)]
+        return None if None in counts else sum(n for n in counts if n is not None)
+
+    kind = named[0] if named else None
+    if words[0] == "What":
+        return next((k if colour else c for k, c, _ in groups if (c == colour if colour else k == kind)), None)
+    if words[:2] == ["Is", "there"] and "exactly" not in words:
+        return "yes" if any(k == kind and colour in (None, c) for k, c, _ in groups) else "no"
+    numbers = [count(k) for k in named or [None]]
+    if None in numbers:
+        return None
+    if words[0] == "How":
+        return str(numbers[0])
+    wanted = numbers[1] if "more" in words else NUMBERS.index(words[words.index("exactly") + 1])
+    return "yes" if (numbers[0] > wanted if "more" in words else numbers[0] == wanted) else "no"  # type: ignore[operator]
+
+
+def test_nearly_every_question_is_answered_by_any_one_caption() -> None:
+    """The true upper bound of reading: the language model's ceiling has to be measured against it."""
+    right: Counter[str] = Counter()
+    asked: Counter[str] = Counter()
+    for _, scene, rng in shapes.scenes("val", 300, 0):
+        told = shapes_text.captions(scene, rng)
+        for kind, ask in shapes_text.ASKERS.items():
+            question, answer = ask(scene, rng)
+            for caption in told:
+                asked[kind] += 1
+                right[kind] += read_answer(question, read_caption(caption)) == answer
+    assert {kind: right[kind] / asked[kind] > 0.96 for kind in asked} == dict.fromkeys(shapes_text.ASKERS, True)
+
+
+def test_a_question_does_not_betray_its_answer() -> None:
+    """Yes is as likely as no after every kind of beginning."""
+    said: dict[str, list[bool]] = {}
+    for _, scene, rng in shapes.scenes("val", 1500, 0):
+        question, answer = shapes_text.ASKERS["yes/no"](scene, rng)
+        said.setdefault(" ".join(question.split()[:3]), []).append(answer == "yes")
+    assert all(0.35 < sum(v) / len(v) < 0.65 for v in said.values() if len(v) > 100)
 
 
 def test_questions_in_the_real_formats(corpus: Path) -> None:

@@ -15,6 +15,7 @@ from xformer.evaluation.load import load_stage2, rows_of_images
 from xformer.gather import rank_and_world
 from xformer.local import mask_ratio
 from xformer.settings import Eval, Settings
+from xformer.text import clean
 from xformer.train import compare_identities
 
 Row = dict[str, Any]
@@ -62,7 +63,9 @@ def answer(
     if wanted.blind:
         systems["blind LLM"] = answerer.blind(prompts, frozen)
     if wanted.told and all(captions):
-        systems["LLM given a true caption"] = answerer.told([str(c) for c in captions], prompts, frozen)
+        systems["LLM given a true caption"] = answerer.told(
+            [clean(str(c), settings.qformer.max_words) for c in captions], prompts, frozen
+        )
     if wanted.shuffled:
         title = f"{state['model']} with shuffled images"
         systems[title] = answerer.seeing(title, other_images(places, settings.seed), prompts, frozen | weights)
