@@ -1,6 +1,6 @@
 """Ratios measured side by side in one run: start-up, memory of an extraction, and reading shuffled rows.
 
-python -m benchmarks [start] [memory] [reader] [extraction] [plan] [step] [scoring] [queries] [online] [--json FILE]
+python -m benchmarks [start] [memory] [reader] [extraction] [plan] [step] [fed] [scoring] [queries] [online] [--json FILE]
 """
 
 import json

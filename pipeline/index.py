@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
@@ -31,6 +32,7 @@ ROWS = pa.schema(
     ]
 )
 CAPTIONS = pa.schema([("row", pa.int64()), ("text", pa.string())])
+HASHES = 65536  # images per chunk of the Zarr array of their sha256, which is not compressed
 
 
 class Index:
@@ -71,11 +73,41 @@ class Index:
             if row["status"] == "dead":
                 yield {key: row[key] for key in ("row", "id", "source", "reason")}
 
+    def usable(self, split: str) -> np.ndarray:
+        """Whether each row belongs to `split` and was readable at planning, bool [rows]; never reads a whole table."""
+        found = np.empty(self.count, bool)
+        with pq.ParquetFile(self.folder / "rows.parquet", read_dictionary=["split", "status"]) as file:
+            row = 0
+            for batch in file.iter_batches(batch_size=1 << 16, columns=["split", "status"]):
+                wanted = (pc.equal(batch[name], value) for name, value in (("split", split), ("status", "ok")))  # type: ignore
+                found[row : row + len(batch)] = pc.and_(*wanted).to_numpy(zero_copy_only=False)  # type: ignore
+                row += len(batch)
+        return found
+
+    def id_of(self, row: int) -> str:
+        """The sample id of one row; reads one row group."""
+        with pq.ParquetFile(self.folder / "rows.parquet") as file:
+            group = file.read_row_group(row // self.shard_rows, columns=["id"])
+        return group["id"][row % self.shard_rows].as_py()
+
+    def image_keys(self, rows: np.ndarray) -> np.ndarray:
+        """A number for each image, int64: the first bytes of its sha256, so the same picture has the same in every store."""
+        found = np.empty(len(rows), np.int64)
+        for part in np.unique(rows // HASHES):
+            at = rows // HASHES == part
+            hashes = np.memmap(self.folder / "c" / str(part) / "0", np.uint8, "r").reshape(-1, 32)
+            found[at] = np.ascontiguousarray(hashes[rows[at] % HASHES, :8]).view("<i8")[:, 0]
+        return found
+
     def captions(self) -> tuple[np.ndarray, "Captions"]:
-        """The row of every caption (int64 [captions]) and the captions themselves, memory-mapped."""
+        """The row of every caption (int32, int64 from 2^31 rows on, [captions]) and the captions, memory-mapped."""
         with pa.memory_map(str(self.folder / "captions.arrow")) as source:
             table = pa.ipc.open_file(source).read_all()
-        return table["row"].to_numpy(), Captions(table["text"])
+        rows, at = np.empty(len(table), np.int32 if self.count < 2**31 else np.int64), 0
+        for chunk in table["row"].chunks:
+            rows[at : at + len(chunk)] = chunk.to_numpy()
+            at += len(chunk)
+        return rows, Captions(table["text"])
 
 
 class Captions:

@@ -183,7 +183,15 @@ _WHAT = {"train": "", "validate": " validation"}
 _SHORT = {
     "reconstruction": "recon", "gradient_norm": "grad", "itm_accuracy": "itm acc", "lm_of_another_image": "lm, wrong image",
 }  # fmt: skip
-_UNSEEN = {"event", "epoch", "draw", "temperature", "itm_constant", "recall1_of"}  # of a line; log.jsonl has them
+_UNSEEN = {
+    "event",
+    "epoch",
+    "draw",
+    "pairs",
+    "temperature",
+    "itm_constant",
+    "recall1_of",
+}  # of a line; log.jsonl has them
 
 
 def _figures(line: dict[str, Any]) -> dict[str, str]:

@@ -1,7 +1,7 @@
-"""Batches from the cache. Sample order is a pure function of (seed, epoch, step), the same for one or many processes."""
+"""What a model reads: the arrays of one store, and the image-text pairs of one split over one or several stores."""
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +18,6 @@ from xformer.settings import Mae, Settings
 from xformer.text import TextTokenizer
 
 
-def generator(*key: object) -> np.random.Generator:
-    """A Philox generator keyed by everything that may decide a draw."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
-    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest[:16], "little")))
-
-
 @dataclass
 class Features:
     """What one image gives a model; fp16 as stored, `kept` bool [B, patches], `pixels` uint8 [B, 3, S, S]."""
@@ -32,6 +26,9 @@ class Features:
     mae: np.ndarray | None
     kept: np.ndarray | None
     pixels: np.ndarray | None
+
+
+IN_THREADS = 1 << 16  # bytes of a row from which on handing rows to threads pays
 
 
 class Cache:
@@ -114,20 +111,52 @@ class Cache:
         name = "mae" if self.local == "mae" else "local clip"
         return found | ({name: self.mae[0].attributes["identity"]} if self.mae else {})
 
-    def read(self, rows: np.ndarray, draw: int) -> Features:
-        """The features of `rows` under one mask draw. Raises StoreError for any row that is not there."""
-        mae = self.mae[draw].read(rows) if self.mae else None
-        kept = None
-        if self.kept:
-            kept = np.unpackbits(self.kept[draw].read(rows), axis=-1, count=self.patches).astype(bool)
+    def read(
+        self, rows: np.ndarray, draw: int, out: Features | None = None, pool: ThreadPoolExecutor | None = None
+    ) -> Features:
+        """The features of `rows` under one mask draw. Raises StoreError for any row that is not there.
+
+        Args:
+            out: buffers of exactly that size to read into; pool: reads in its threads.
+        """
+        if self.mae and not 0 <= draw < self.draws:
+            raise StoreError(
+                f"{self.store.path} holds the mask draws 0 to {self.draws - 1}, not {draw}; run: xformer extract "
+                f"--encoder mae --draws {draw + 1} --store {self.store.path}"
+            )
+
+        def read(array: FeatureArray | None, name: str) -> np.ndarray | None:
+            if array is None:
+                return None
+            in_threads = pool if array.row_bytes >= IN_THREADS else None
+            return array.read(rows, None if out is None else getattr(out, name), in_threads)
+
         view = self.views[draw] if self.mae else 0
-        pixels = self.pixels[view].read(rows) if self.pixels else None
-        return Features(self.clips[view].read(rows), mae, kept, pixels)
+        clip = read(self.clips[view], "clip")
+        assert clip is not None
+        kept = self.kept[draw].read(rows) if self.kept else None
+        if kept is not None:
+            kept = np.unpackbits(kept, axis=-1, count=self.patches).astype(bool)
+        return Features(
+            clip, read(self.mae[draw] if self.mae else None, "mae"), kept, read(self.pixels.get(view), "pixels")
+        )
+
+    def buffers(self, rows: int, pinned: bool) -> Features:
+        """Memory that batches of `rows` are read into again and again, touched once; pinned for copies to a GPU."""
+
+        def room(array: FeatureArray | None) -> np.ndarray | None:
+            if array is None:
+                return None
+            dtype = torch.uint8 if array.dtype == np.uint8 else torch.float16
+            return torch.zeros((rows, *array.shape), dtype=dtype, pin_memory=pinned).numpy()
+
+        local, pixels = next(iter(self.mae), None), next(iter(self.pixels.values()), None)
+        clip = room(self.clip)
+        assert clip is not None
+        return Features(clip, room(local), None, room(pixels))
 
 
-TextsOf = Callable[
-    [Cache], tuple[np.ndarray, Any]
-]  # a store's texts: the row of each, int64 [N], and each by its number
+TextsOf = Callable[[Cache], tuple[np.ndarray, Any]]  # the row of each text of a store, [N], and each by its number
 
 
 def captions_of(cache: Cache) -> tuple[np.ndarray, Any]:
@@ -136,7 +165,7 @@ def captions_of(cache: Cache) -> tuple[np.ndarray, Any]:
 
 
 class Pairs:
-    """Image-text pairs of one split over one or several stores.
+    """Image-text pairs of one split over one or several stores; a few bytes of memory for each.
 
     Args:
         texts_of: a store's texts, each with its row; the captions unless a task has others.
@@ -147,54 +176,104 @@ class Pairs:
         texts_of: TextsOf = captions_of,
     ) -> None:  # fmt: skip
         self.caches, self.tokenizer, self.settings = caches, tokenizer, settings
-        stores, rows, texts, self._captions = [], [], [], []
-        for number, cache in enumerate(caches):
-            caption_rows, captions = texts_of(cache)
-            self._captions.append(captions)
-            table = cache.store.index.column("split", "status")
-            usable = np.array(table["split"].to_numpy(zero_copy_only=False) == split)
-            usable &= np.array(table["status"].to_numpy(zero_copy_only=False) == "ok")
+        self._rows, self._texts, self._captions = [], [], []  # the row of every text; which are usable; the texts
+        for cache in caches:
+            rows, captions = texts_of(cache)
+            usable = cache.store.index.usable(split)
             usable[sorted(cache.dead)] = False
-            chosen = np.flatnonzero(usable[caption_rows]) if len(caption_rows) else np.empty(0, np.int64)
-            stores.append(np.full(len(chosen), number, np.int16))
-            rows.append(caption_rows[chosen])
-            texts.append(chosen)
-        self.stores, self.rows, self.texts = np.concatenate(stores), np.concatenate(rows), np.concatenate(texts)
+            self._rows.append(rows)
+            self._texts.append(_places(rows, usable))
+            self._captions.append(captions)
+        self.sizes = [len(texts) for texts in self._texts]
+        self._starts = np.cumsum([0, *self.sizes])
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return int(self._starts[-1])
 
     @property
     def images(self) -> int:
-        return len(np.unique(self.rows + self.stores.astype(np.int64) * 2**40))
+        """Images that have a pair."""
+        return len(self.one_per_image())
 
-    def captions(self, pairs: np.ndarray) -> list[str]:
-        return [self._captions[self.stores[i]][int(self.texts[i])] for i in pairs]
+    def one_per_image(self) -> np.ndarray:
+        """The number of the first pair of every image, int64 [images]."""
+        found = []
+        for texts, rows, start in zip(self._texts, self._rows, self._starts, strict=False):
+            own = rows[texts]
+            if (own[1:] >= own[:-1]).all():  # captions lie in row order
+                found.append(start + np.flatnonzero(np.concatenate([[True], own[1:] != own[:-1]])[: len(own)]))
+            else:
+                found.append(start + np.sort(np.unique(own, return_index=True)[1]))
+        return np.concatenate(found)
 
-    def batch(self, pairs: np.ndarray, draw: int) -> tuple[Batch, list[str]]:
-        """The batch of the given pair numbers under one mask draw, and its captions."""
+    def places(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Store, row and caption of each pair, int64 [B] each."""
+        numbers = np.asarray(numbers, np.int64)
+        stores = np.searchsorted(self._starts, numbers, side="right") - 1
+        texts, rows = np.empty_like(numbers), np.empty_like(numbers)
+        for store in np.unique(stores):
+            at = stores == store
+            texts[at] = self._texts[store][numbers[at] - self._starts[store]]
+            rows[at] = self._rows[store][texts[at]]
+        return stores, rows, texts
+
+    def samples(self, numbers: np.ndarray) -> list[dict[str, Any]]:
+        """Store, id, row and caption of each pair, for a person who looks for them."""
+        return [
+            {
+                "store": str(self.caches[store].store.path),
+                "id": self.caches[store].store.index.id_of(int(row)),
+                "row": int(row),
+                "caption": self._captions[store][int(text)],
+            }
+            for store, row, text in zip(*self.places(numbers.ravel()), strict=True)
+        ]
+
+    def batch(
+        self, numbers: np.ndarray, draw: int, out: Features | None = None, pool: ThreadPoolExecutor | None = None
+    ) -> tuple[Batch, list[str]]:
+        """The batch of the given pair numbers under one mask draw, and its captions.
+
+        Args:
+            out: buffers that become the batch's memory (Cache.buffers); left out, new memory. pool: reads in its threads.
+        """
+        stores, rows, texts = self.places(numbers)
+        alike = np.empty_like(rows)
         parts, places = [], []
-        for number in np.unique(self.stores[pairs]):
-            place = np.flatnonzero(self.stores[pairs] == number)
-            parts.append(self.caches[number].read(self.rows[pairs[place]], draw))
-            places.append(place)
-        back = np.argsort(np.concatenate(places), kind="stable")
+        for store in np.unique(stores):
+            at = np.flatnonzero(stores == store)
+            cache = self.caches[store]
+            alike[at] = cache.store.index.image_keys(rows[at])
+            if len(at) == len(rows):
+                parts.append(cache.read(rows, draw, out, pool))
+            else:
+                parts.append(cache.read(rows[at], draw, None, pool))
+            places.append(at)
 
-        def joined(name: str) -> np.ndarray | None:
+        def joined(name: str) -> torch.Tensor | None:
             arrays = [getattr(part, name) for part in parts]
-            return None if arrays[0] is None else (np.concatenate(arrays)[back] if len(arrays) > 1 else arrays[0])
+            if arrays[0] is None:
+                return None
+            if len(arrays) == 1:
+                return torch.from_numpy(arrays[0])
+            whole = None if out is None else getattr(out, name)
+            if whole is None:
+                whole = np.empty((len(rows), *arrays[0].shape[1:]), arrays[0].dtype)
+            for at, array in zip(places, arrays, strict=True):
+                whole[at] = array
+            return torch.from_numpy(whole)
 
-        captions = self.captions(pairs)
+        captions = [self._captions[store][int(text)] for store, text in zip(stores, texts, strict=True)]
         ids, mask = self.tokenizer(captions)
         hashes = [int.from_bytes(hashlib.blake2b(c.encode(), digest_size=7).digest(), "little") for c in captions]
-        clip, mae, kept, pixels = joined("clip"), joined("mae"), joined("kept"), joined("pixels")
+        clip, pixels = joined("clip"), joined("pixels")
         assert clip is not None
         batch = Batch(
-            rows=torch.from_numpy(self.rows[pairs] + self.stores[pairs].astype(np.int64) * 2**40),
+            rows=torch.from_numpy(alike),
             texts=torch.tensor(hashes),
-            clip=torch.from_numpy(clip),
-            mae=None if mae is None else torch.from_numpy(mae),
-            kept=None if kept is None else torch.from_numpy(kept),
+            clip=clip,
+            mae=joined("mae"),
+            kept=joined("kept"),
             pixels=None if pixels is None else normalised(pixels, self.settings.mae),
             ids=ids,
             mask=mask,
@@ -202,57 +281,15 @@ class Pairs:
         return batch, captions
 
 
-def normalised(pixels: np.ndarray, mae: Mae) -> torch.Tensor:
+def _places(rows: np.ndarray, usable: np.ndarray) -> np.ndarray:
+    """The captions whose image is usable; in pieces, so that no array of their whole number is made in between."""
+    kind = np.int32 if len(rows) < 2**31 else np.int64
+    pieces = range(0, len(rows), 1 << 20)
+    found = [np.flatnonzero(usable[rows[at : at + (1 << 20)]]).astype(kind) + kind(at) for at in pieces]
+    return np.concatenate(found) if found else np.empty(0, kind)
+
+
+def normalised(pixels: np.ndarray | torch.Tensor, mae: Mae) -> torch.Tensor:
     """uint8 [B, 3, S, S] -> float32, as the MAE was trained."""
     mean, std = (torch.tensor(v)[:, None, None] for v in (mae.mean, mae.std))
-    return (torch.from_numpy(pixels).float() / 255 - mean) / std
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """Which pairs each step reads. An epoch is one pass over all pairs; the incomplete last batch is left out."""
-
-    pairs: int
-    batch: int  # global
-    epochs: int
-    max_steps: int  # 0 = no limit
-    seed: int
-
-    @property
-    def per_epoch(self) -> int:
-        return max(1, self.pairs // self.batch)
-
-    @property
-    def steps(self) -> int:
-        total = self.epochs * self.per_epoch
-        return min(total, self.max_steps) if self.max_steps else total
-
-    def order(self, epoch: int) -> np.ndarray:
-        """The permutation of one epoch, int64 [pairs]."""
-        return generator(self.seed, "order", epoch).permutation(self.pairs)
-
-
-def stream(
-    pairs: Pairs, schedule: Schedule, start: int, rank: int, world: int, draws: int
-) -> Iterator[tuple[int, int, int, Batch, list[str]]]:
-    """Yields (step, epoch, draw, this rank's batch, captions) from step `start` on; reads ahead in two threads."""
-    share = schedule.batch // world
-    order: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
-
-    def load(step: int, numbers: np.ndarray):
-        epoch = step // schedule.per_epoch
-        draw = epoch % draws if draws else 0
-        return step, epoch, draw, *pairs.batch(numbers, draw)
-
-    with ThreadPoolExecutor(2) as pool:
-        waiting: list = []
-        for step in range(start, schedule.steps):
-            epoch, inside = divmod(step, schedule.per_epoch)
-            if order[0] != epoch:
-                order = (epoch, schedule.order(epoch))
-            begin = inside * schedule.batch + rank * share
-            waiting.append(pool.submit(load, step, order[1][begin : begin + share]))
-            if len(waiting) > 4:
-                yield waiting.pop(0).result()
-        while waiting:
-            yield waiting.pop(0).result()
+    return torch.as_tensor(pixels).float().div_(255).sub_(mean).div_(std)

@@ -4,58 +4,46 @@ Every step's randomness is seeded by (seed, step, rank), and its samples by (see
 of an epoch is one integer, and gives the same weights as a run that was never interrupted.
 """
 
-import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from torch import Tensor, nn
 
 from xformer import checkpoint, publish
 from xformer.alarms import Plan
 from xformer.console import say
-from xformer.data import Pairs, Schedule, generator, stream
-from xformer.errors import SettingsError, TrainingError
+from xformer.data import Pairs
+from xformer.errors import SettingsError
+from xformer.gather import alone
+from xformer.guard import Guard
 from xformer.monitor import Monitor
-from xformer.settings import Recipe, Stage1, Stage2
+from xformer.optimiser import learning_rate, make_optimizer
+from xformer.order import Schedule, generator
+from xformer.reading import Reading, stream
+from xformer.resume import load_scaler, refuse_missing_state, refuse_other_run, scaler_state
+from xformer.settings import Data, Stage1, Stage2
 from xformer.trackers import refuse_missing
 
 Losses = Callable[[Any, list[str], int, torch.Generator], dict[str, Tensor]]
 Validate = Callable[[], tuple[dict[str, float], np.ndarray | None]]  # figures, and a picture uint8 [H, W, 3]
 TRACKED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
-MAX_BAD_STEPS = 3
-
-
-def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
-    """Linear warm-up from warmup_lr to lr, then a cosine to min_lr, per step (LAVIS moves it once per epoch)."""
-    warmup = min(recipe.warmup, max(1, steps // 2)) if recipe.warmup else 0
-    if step < warmup:
-        return recipe.warmup_lr + (recipe.lr - recipe.warmup_lr) * (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    return recipe.min_lr + (recipe.lr - recipe.min_lr) * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
-
-
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.AdamW:
-    """AdamW; no weight decay on 0-D and 1-D parameters and on the queries."""
-    decayed, free = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            (free if parameter.ndim < 2 or name.endswith("query_tokens") else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": recipe.weight_decay}, {"params": free, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=recipe.lr, betas=recipe.betas)
+PATIENCE = timedelta(hours=2)  # of the other ranks, while the first validates or saves
 
 
 class Loop:
     """One run in its folder: settings.json, log.jsonl, tensorboard/, pictures/, checkpoints/, summary.json."""
 
     def __init__(
-        self, folder: Path, model: nn.Module, pairs: Pairs, recipe: Stage1 | Stage2, seed: int, described: dict,
-        resume: bool,
+        self, folder: Path, model: nn.Module, pairs: Pairs, recipe: Stage1 | Stage2, data: Data, seed: int,
+        described: dict, resume: bool,
     ) -> None:  # fmt: skip
         refuse_missing(recipe.trackers)
         if recipe.threads:
@@ -63,85 +51,100 @@ class Loop:
         try:
             self.accelerator = Accelerator(
                 mixed_precision=TRACKED[recipe.precision],
-                gradient_accumulation_steps=recipe.accumulate,
                 cpu=not torch.cuda.is_available(),
+                kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)],
             )
         except ValueError as error:
             raise SettingsError(f"train.precision={recipe.precision} does not work on this machine: {error}") from None
-        world = self.accelerator.num_processes
-        batch = min(recipe.batch, len(pairs))
-        if batch % (world * recipe.accumulate):
-            raise SettingsError(
-                f"train.batch {batch} must be a multiple of {world} processes x {recipe.accumulate} steps."
+        world, parts = self.accelerator.num_processes, recipe.accumulate
+        if recipe.batch > len(pairs):
+            raise SettingsError(f"train.batch is {recipe.batch:,} and there are {len(pairs):,} pairs; make it smaller.")
+        if recipe.batch % (world * parts):
+            raise SettingsError(f"train.batch {recipe.batch} must be a multiple of {world} processes x {parts} steps.")
+        if parts > 1 and described["stage"] == 1:
+            say(
+                f"accumulating {parts} parts: ITC and the hard negatives see the {recipe.batch // parts - 1:,} other pairs "
+                f"of a part, where a step without it sees {recipe.batch - 1:,}."
             )
-        self.folder, self.pairs, self.recipe, self.described = folder, pairs, recipe, described
+        self.folder, self.pairs, self.recipe, self.data, self.described = folder, pairs, recipe, data, described
         self.seed, self.plain = seed, model
         self.weights: dict[str, float] = dict(recipe.weights)
-        self.schedule = Schedule(len(pairs), batch, recipe.epochs, recipe.max_steps, seed)
+        self.schedule = Schedule(
+            len(pairs), recipe.batch, recipe.epochs, recipe.max_steps, seed, tuple(pairs.sizes), tuple(data.weights),
+            data.block, data.window,
+        )  # fmt: skip
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model, recipe))
         self.start, self.history, self.seconds = 0, [], 0.0
         self.validation: dict[str, float] = {}
-        self._measured: dict[str, list[float]] = {}
+        self.guard = Guard(folder, pairs, [])
+        self._measured: dict[str, list[Tensor]] = {}  # since the last line of the log
+        self._now: dict[str, list[Tensor]] = {}  # in this step
         if resume:
             newest = checkpoint.newest(folder)
             state = checkpoint.read_state(newest)
-            self._refuse_other_settings(state)
+            refuse_other_run(folder, state, described)
+            refuse_missing_state(newest, state, seed)
             checkpoint.load_model(newest, model)
             checkpoint.load_optimizer(newest, model, self.optimizer.optimizer)
+            load_scaler(newest, state, self.accelerator.scaler)
             self.start, self.history, self.seconds = state["step"], state["epochs"], state["seconds"]
-            self.validation = state["validation"]
+            self.validation, self.guard.bad = state["validation"], state["nonfinite"]
             say(f"resuming {folder} at step {self.start:,}")
 
-    def _refuse_other_settings(self, state: dict) -> None:
-        for key in ("settings", "identities", "model", "draws"):
-            if json.loads(json.dumps(self.described[key])) != state[key]:
-                raise SettingsError(
-                    f"{self.folder}: {key} differ from those the run was started with; use the same ones."
-                )
-
     def measure(self, **values: Tensor) -> None:
-        """Remembers a measurement until the next line of the log."""
+        """Remembers what this step found until the next line of the log, if the step counts."""
         for name, value in values.items():
-            self._measured.setdefault(name, []).append(float(value.detach()))
+            self._now.setdefault(name, []).append(value.detach().float())
 
-    def run(self, losses_of: Losses, validate: Validate, draws: int) -> dict[str, Any]:
-        """Trains to the end. Returns the summary. Raises TrainingError after three losses in a row that are not finite."""
-        accelerator, schedule, recipe = self.accelerator, self.schedule, self.recipe
-        rank, world = accelerator.process_index, accelerator.num_processes
-        if accelerator.is_main_process:
+    def _means(self) -> dict[str, float]:
+        """What was measured since the last line of the log, over its steps and over all processes."""
+        if not self._measured:
+            return {}
+        means: Any = self.accelerator.reduce(
+            torch.stack([torch.stack(v).mean() for v in self._measured.values()]), "mean"
+        )
+        found = dict(zip(self._measured, means.tolist(), strict=True))
+        self._measured.clear()
+        return found
+
+    def run(self, losses_of: Losses, validate: Validate) -> dict[str, Any]:
+        """Trains to the end. Returns the summary. Raises TrainingError after three steps in a row that are not finite."""
+        accelerator, schedule, recipe, main = (
+            self.accelerator,
+            self.schedule,
+            self.recipe,
+            self.accelerator.is_main_process,
+        )
+        if main:
             publish.write_json(self.folder / "settings.json", self.described)
-        began, bad, measured = time.perf_counter(), 0, self.validation
+        began, measured, draws = time.perf_counter(), self.validation, self.described["draws"]
         plan = Plan(schedule.steps, recipe.warmup, self.described["settings"]["qformer"]["queries"])
-        monitor = Monitor(self.folder, self.described, plan, self.start, recipe.trackers, accelerator.is_main_process)
-        batches = stream(self.pairs, schedule, self.start, rank, world, draws)
+        monitor = Monitor(self.folder, self.described, plan, self.start, recipe.trackers, main)
+        batches = stream(
+            self.pairs, schedule, self.start, accelerator.process_index, accelerator.num_processes, draws,
+            recipe.accumulate, self.data.threads, self.data.ahead,
+        )  # fmt: skip
         try:
             with monitor:
-                for step, epoch, draw, batch, captions in monitor.timed(batches):
-                    if len(self.history) <= epoch:
-                        self.history.append({"epoch": epoch, "draw": draw if draws else None})
-                        monitor.epoch(step, self.history[-1])
-                    rate = learning_rate(recipe, step, schedule.steps)
+                for read in monitor.timed(batches):
+                    if len(self.history) <= read.epoch:
+                        self.history.append({"epoch": read.epoch, "draw": read.draw if draws else None})
+                        monitor.epoch(read.step, self.history[-1])
+                    rate = learning_rate(recipe, read.step, schedule.steps)
                     for group in self.optimizer.param_groups:
                         group["lr"] = rate
-                    total = self._step(losses_of, batch, captions, step)
-                    bad = 0 if math.isfinite(total) else bad + 1
-                    if bad == MAX_BAD_STEPS:
-                        raise TrainingError(
-                            f"the loss was not finite in {bad} steps in a row (step {step}); the last checkpoint is kept: "
-                            "lower train.lr, or use train.precision=bf16."
-                        )
-                    done = step + 1
+                    total = self._step(losses_of, read, monitor)
+                    done = read.step + 1
                     monitor.stepped(done, schedule.batch, total)
                     last = done == schedule.steps
                     if done % recipe.log_every == 0 or last:
-                        line = {name: sum(v) / len(v) for name, v in self._measured.items() if v}
-                        self._measured.clear()
-                        monitor.train(done, epoch, draw, rate, line)
-                    if done % recipe.validate_every == 0 or last:
-                        measured, picture = validate()
+                        monitor.train(done, read.epoch, read.draw, rate, self._means(), read.digest)
+                    if main and (done % recipe.validate_every == 0 or last):
+                        with alone():
+                            measured, picture = validate()
                         monitor.validated(done, measured, picture)
-                    if done % recipe.save_every == 0 or last:
-                        self._save(done, epoch, began, measured)
+                    if main and (done % recipe.save_every == 0 or last):
+                        self._save(done, read.epoch, began, measured)
         finally:
             accelerator.end_training()
         summary = {
@@ -149,68 +152,72 @@ class Loop:
             "stage": self.described["stage"],
             "model": self.described["model"],
             "steps": schedule.steps,
+            "processes": accelerator.num_processes,
+            "negatives": recipe.batch // recipe.accumulate - 1,
             "seconds": round(self.seconds + time.perf_counter() - began, 1),
             "trainable": sum(p.numel() for p in self.plain.parameters() if p.requires_grad),
             "epochs": self.history,
             "validation": measured,
             "alarms": monitor.alarms,
         }
-        if accelerator.is_main_process:
+        if main:
             publish.write_json(self.folder / "summary.json", summary)
         return summary
 
-    def _step(self, losses_of: Losses, batch: Any, captions: list[str], step: int) -> float:
-        """Forward, backward, clip, update; a step whose loss or gradient is not finite changes nothing."""
+    def _step(self, losses_of: Losses, read: Reading, monitor: Monitor) -> float:
+        """Forward, backward, clip, update. A step whose loss or gradient is not finite on any process changes nothing."""
         accelerator, recipe = self.accelerator, self.recipe
         self.model.train()
-        torch.manual_seed(int(generator(self.seed, "step", step, accelerator.process_index).integers(2**62)))
-        draws = torch.Generator().manual_seed(torch.initial_seed())
-        parts = split_batch(batch, captions, recipe.accumulate)
+        torch.manual_seed(int(generator(self.seed, "step", read.step, accelerator.process_index).integers(2**62)))
+        draws = torch.Generator().manual_seed(int(generator(self.seed, "negatives", read.step).integers(2**62)))
         self.optimizer.zero_grad()
-        total = 0.0
-        for part, texts in parts:
-            with accelerator.autocast():
-                found = losses_of(part.to(accelerator.device), texts, step, draws)
-                loss = torch.stack([self.weights[k] * v for k, v in found.items()]).sum() / len(parts)
-            accelerator.backward(loss * recipe.accumulate)  # Accelerate divides by the accumulation steps itself
-            total += float(loss.detach())
-            for name, value in found.items():
-                self._measured.setdefault(name, []).append(float(value.detach()))
-        self._measured.setdefault("loss", []).append(total)
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
-        if norm is not None:
-            self._measured.setdefault("gradient_norm", []).append(float(norm))
-        finite = math.isfinite(total) and (norm is None or math.isfinite(float(norm)))
-        if accelerator.scaler is not None:  # fp16: the scaler skips a step that overflows and lowers its scale
-            self.optimizer.step()
-            return total
+        self._now.clear()
+        parts, found = split_batch(read.batch, read.captions, recipe.accumulate), {}
+        for number, (part, texts) in enumerate(parts, 1):
+            with nullcontext() if number == len(parts) else accelerator.no_sync(self.model):
+                with accelerator.autocast():
+                    losses = losses_of(part.to(accelerator.device), texts, read.step, draws)
+                    loss = torch.stack([self.weights[k] * v for k, v in losses.items()]).sum() / len(parts)
+                accelerator.backward(loss)
+            for name, value in (losses | {"loss": loss * len(parts)}).items():
+                found[name] = found.get(name, 0.0) + value.detach().float() / len(parts)
+        norm: Any = accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
+        told: Any = accelerator.reduce(torch.stack([*found.values(), norm.detach().float()]), "mean")
+        means = dict(zip([*found, "gradient_norm"], told.tolist(), strict=True))
+        finite = all(map(math.isfinite, means.values()))  # a mean over processes is not, where one of them is not
+        scaler = accelerator.scaler
+        overflow = scaler is not None and math.isfinite(means["loss"]) and scaler.get_scale() > 1
         if finite:
             self.optimizer.step()
-        return total if finite else math.nan
+            self.measure(**found, gradient_norm=norm)
+            for name, values in self._now.items():
+                self._measured.setdefault(name, []).extend(values)
+        else:
+            monitor.skipped(read.step + 1, means)
+            if scaler is not None:  # fp16: a gradient that overflows under its scale is no fault of the run; it halves
+                scaler.update()
+        self.guard.stepped(read.step, finite or overflow, read.numbers, means, accelerator.is_main_process)
+        return means["loss"]
 
     def _save(self, step: int, epoch: int, began: float, measured: dict) -> None:
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            state = self.described | {
-                "step": step,
-                "epoch": epoch,
-                "epochs": self.history,
-                "seconds": round(self.seconds + time.perf_counter() - began, 1),
-                "validation": measured,
-            }
-            checkpoint.save(self.folder, self.plain, self.optimizer.optimizer, state, self.recipe.keep)
-        self.accelerator.wait_for_everyone()
+        state = self.described | {
+            "step": step,
+            "epoch": epoch,
+            "epochs": self.history,
+            "seconds": round(self.seconds + time.perf_counter() - began, 1),
+            "validation": measured,
+            "nonfinite": self.guard.bad,
+            "random": {"seed": self.seed, "step": step},
+            "scaler": scaler_state(self.accelerator.scaler),
+        }
+        checkpoint.save(self.folder, self.plain, self.optimizer.optimizer, state, self.recipe.keep)
 
 
 def split_batch(batch: Any, captions: list[str], parts: int) -> list[tuple[Any, list[str]]]:
     """A batch in `parts` equal pieces, for gradient accumulation."""
-    if parts == 1:
-        return [(batch, captions)]
     size = len(captions) // parts
-    pieces = []
-    for start in range(0, size * parts, size):
-        part = slice(start, start + size)
-        pieces.append(
-            (type(batch)(**{k: None if v is None else v[part] for k, v in vars(batch).items()}), captions[part])
-        )
-    return pieces
+    pieces = [slice(start, start + size) for start in range(0, len(captions), size)]
+    return [
+        (type(batch)(**{k: None if v is None else v[part] for k, v in vars(batch).items()}), captions[part])
+        for part in pieces
+    ]

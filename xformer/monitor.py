@@ -1,6 +1,7 @@
 """What a run tells while it trains: RUN/log.jsonl, the trackers, the live table, pictures, and the alarms."""
 
 import json
+import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -78,11 +79,16 @@ class Monitor:
     def epoch(self, step: int, known: dict[str, Any]) -> None:
         self._write({"step": step, "event": "epoch", **known})
 
-    def train(self, done: int, epoch: int, draw: int, rate: float, losses: dict[str, float]) -> None:
-        """A line of training: the losses' means since the last line, and how fast it goes."""
+    def skipped(self, done: int, losses: dict[str, float]) -> None:
+        """A step that changed nothing, because one of these is not finite."""
+        told = {name: value if math.isfinite(value) else str(value) for name, value in losses.items()}
+        self._write({"step": done, "event": "skipped", **told})
+
+    def train(self, done: int, epoch: int, draw: int, rate: float, losses: dict[str, float], pairs: str) -> None:
+        """A line of training: the losses' means since the last line, a hash of this step's pairs, and how fast it goes."""
         seconds = max(self.waited + self.worked, 1e-9)
         elapsed = time.monotonic() - self.began
-        line = {"step": done, "event": "train", "epoch": epoch, "draw": draw, **losses} | {
+        line = {"step": done, "event": "train", "epoch": epoch, "draw": draw, "pairs": pairs, **losses} | {
             "lr": rate,
             "samples_per_second": round(self.samples / seconds, 2),
             "data_wait": round(self.waited / seconds, 4),

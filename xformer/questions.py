@@ -12,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 
-from xformer.data import Cache, generator
+from xformer.data import Cache
 from xformer.errors import EvaluationError, SettingsError
 from xformer.evaluation.files import need, read_json
 from xformer.evaluation.vqav2 import load
+from xformer.order import generator
 from xformer.settings import Settings
 
 

@@ -74,6 +74,14 @@ class Store(Section):
     int8_max_rmse: Share
 
 
+class Data(Section):
+    weights: list[Annotated[float, Field(ge=0)]]
+    block: Whole
+    window: Count
+    threads: Count
+    ahead: Count
+
+
 class QFormerSettings(Section):
     text: str
     bert: bool
@@ -216,6 +224,7 @@ class Settings(Section):
     clip: Clip
     mae: Mae
     store: Store
+    data: Data
     qformer: QFormerSettings
     dual: Dual
     local: Local

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, OPTForCausalLM
 
 from xformer.errors import CheckpointError, WeightsError
+from xformer.gather import mean_over_ranks
 from xformer.local import rebuilds
 from xformer.losses import reconstruction
 from xformer.model import Batch, XFormer, build_xformer
@@ -110,11 +111,15 @@ class Stage2(nn.Module):
         seen = torch.cat([mask.new_ones(len(mask), soft.shape[1]), mask], 1)
         target = mask if labelled is None else labelled
         labels = torch.cat([torch.full(soft.shape[:2], -100, device=ids.device), ids.masked_fill(~target, -100)], 1)
-        found = {"lm": self.llm.model(inputs_embeds=embedded, attention_mask=seen.long(), labels=labels).loss.float()}
+        count = mean_over_ranks((labels != -100).sum())
+        said = self.llm.model(
+            inputs_embeds=embedded, attention_mask=seen.long(), labels=labels, num_items_in_batch=count
+        )
+        found = {"lm": said.loss.float()}
         if self.decoder is not None and rebuilt is not None and batch.kept is not None and batch.pixels is not None:
-            predicted = self.decoder(rebuilt, batch.kept)
+            predicted, masked = self.decoder(rebuilt, batch.kept), mean_over_ranks((~batch.kept).sum())
             found["reconstruction"] = reconstruction(
-                predicted, batch.pixels, batch.kept, self.decoder.patch, self.decoder.norm_pix
+                predicted, batch.pixels, batch.kept, self.decoder.patch, self.decoder.norm_pix, masked
             )
         return found
 

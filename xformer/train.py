@@ -15,6 +15,7 @@ from xformer.errors import CheckpointError, EvaluationError, SettingsError, Stor
 from xformer.local import rebuilds
 from xformer.loop import Loop
 from xformer.model import Batch, build_stage1, build_xformer
+from xformer.order import refuse_weights
 from xformer.questions import Question, read_questions, refuse_missing_images, rows_of_questions, split_questions
 from xformer.settings import Settings
 from xformer.stage2 import Text, build_stage2, caption_text, question_text, refuse_other_llm
@@ -50,22 +51,44 @@ def _pairs(
         raise StoreError(f"{where}: no image-text pairs to train on; a plain folder of pictures has no captions.")
     first = caches[0]
     for cache in caches[1:]:
-        if cache.identities() != first.identities() or cache.draws != first.draws:
-            raise StoreError(f"{cache.store.path} was made by other encoders or mask draws than {first.store.path}.")
+        compare_identities(first.identities(), cache.identities(), str(first.store.path), str(cache.store.path))
+    if first.kept and (draws := min(cache.draws for cache in caches)) < settings.mae.draws:
+        say(
+            f"the stores hold {draws} of the {settings.mae.draws} mask draws of mae.draws: epoch e reads draw e mod {draws}"
+        )
+    refuse_weights(settings.data.weights, train.sizes)
     say(f"{len(train):,} pairs of {train.images:,} images to train on, {len(val):,} pairs to validate on")
     return train, val, caches
 
 
-def _describe(settings: Settings, model: str, stage: int, caches: list[Cache]) -> dict[str, Any]:
+def _describe(settings: Settings, model: str, stage: int, train: Pairs, draws: int) -> dict[str, Any]:
     """What is saved with every checkpoint beside the weights."""
     return {
         "stage": stage,
         "model": model,
         "settings": settings.dump(),
-        "features": [str(cache.store.path.resolve()) for cache in caches],
-        "identities": caches[0].identities(),
-        "draws": caches[0].draws,
+        "features": [str(cache.store.path.resolve()) for cache in train.caches],
+        "stores": [cache.store.index.description for cache in train.caches],
+        "pairs": train.sizes,
+        "identities": train.caches[0].identities(),
+        "draws": draws,
     }
+
+
+def _draws(run: Path, caches: list[Cache], resume: bool) -> int:
+    """How many mask draws a run reads: those the stores hold when it starts, however many there are later.
+
+    Raises: StoreError where a run goes on and a draw is no longer there.
+    """
+    have = min(cache.draws for cache in caches)
+    wanted = checkpoint.read_state(checkpoint.newest(run))["draws"] if resume else have
+    if have < wanted:
+        poor = next(cache for cache in caches if cache.draws == have)
+        raise StoreError(
+            f"{run} reads {wanted} mask draws and {poor.store.path} holds {have}; run: xformer extract --encoder mae "
+            f"--draws {wanted} --store {poor.store.path}"
+        )
+    return wanted
 
 
 def _prepare_run(run: Path, resume: bool) -> None:
@@ -101,7 +124,8 @@ def train_stage1(
             plain = {f"xformer.{n}" for n, _ in build_xformer(settings, "qformer", 1).named_parameters()}
         beside = {n for n, _ in stage1.named_parameters() if n.startswith("xformer.")} - plain
         checkpoint.load_model(start, stage1, new=frozenset(beside))
-    loop = Loop(run, stage1, train, recipe, settings.seed, _describe(settings, model, 1, caches), resume)
+    described = _describe(settings, model, 1, train, _draws(run, caches, resume))
+    loop = Loop(run, stage1, train, recipe, settings.data, settings.seed, described, resume)
 
     def losses_of(batch: Batch, captions: list[str], step: int, draws: torch.Generator) -> dict[str, Tensor]:
         found, measured = loop.model(batch, step >= recipe.hard_negatives_after, draws)
@@ -111,7 +135,7 @@ def train_stage1(
     def validate() -> tuple[dict[str, float], np.ndarray | None]:
         return validate_stage1(stage1, val, recipe, loop.accelerator.device)
 
-    return loop.run(losses_of, validate, caches[0].draws)
+    return loop.run(losses_of, validate)
 
 
 def train_stage2(
@@ -144,7 +168,7 @@ def train_stage2(
     else:
         checkpoint.load_model(start, stage2)
         refuse_other_llm(before.get("llm", {}).get("sha256"), stage2.llm, str(start))
-    described = _describe(settings, model, 2, caches) | {"init": str(init), "task": task}
+    described = _describe(settings, model, 2, train, _draws(run, caches, resume)) | {"init": str(init), "task": task}
     described["llm"] = {"width": stage2.llm.width, "sha256": stage2.llm.sha256}
 
     def encode(texts: list[str], step: int | None) -> Text:
@@ -154,7 +178,7 @@ def train_stage2(
         answers = [q.frequent_answer() if step is None else q.drawn_answer(settings.seed, step) for q in chosen]
         return question_text(stage2.llm, [q.text for q in chosen], answers, settings)
 
-    loop = Loop(run, stage2, train, recipe, settings.seed, described, resume)
+    loop = Loop(run, stage2, train, recipe, settings.data, settings.seed, described, resume)
 
     def losses_of(batch: Batch, texts: list[str], step: int, draws: torch.Generator) -> dict[str, Tensor]:
         return loop.model(batch, *(part.to(loop.accelerator.device) for part in encode(texts, step)))
@@ -162,7 +186,7 @@ def train_stage2(
     def validate() -> tuple[dict[str, float], np.ndarray | None]:
         return validate_stage2(stage2, val, recipe, lambda texts: encode(texts, None), loop.accelerator.device)
 
-    return loop.run(losses_of, validate, caches[0].draws)
+    return loop.run(losses_of, validate)
 
 
 def _refuse_other_sizes(before: dict[str, Any], settings: Settings, init: Path, sections: tuple[str, ...]) -> None:

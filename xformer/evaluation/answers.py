@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from xformer.data import Cache, generator
+from xformer.data import Cache
 from xformer.errors import SettingsError
 from xformer.evaluation.generate import Answerer
 from xformer.evaluation.journal import Journal
 from xformer.evaluation.load import load_stage2, rows_of_images
 from xformer.gather import rank_and_world
 from xformer.local import mask_ratio
+from xformer.order import generator
 from xformer.settings import Eval, Settings
 from xformer.text import clean
 from xformer.train import compare_identities

@@ -1,0 +1,132 @@
+"""A training step fed by the reader against the same step on tensors that are already in memory.
+
+Both forward, backward and update. Steps alternate on the same batch, and the ratio is of neighbours: waiting for a batch
+and reading the next one meanwhile count for the fed step, since the reader is idle again when the other begins.
+"""
+
+import dataclasses
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.step import BEGIN, VOCABULARY
+from benchmarks.step import build as build_wide
+from pipeline.captioned import Row
+from pipeline.corpora import Corpus
+from pipeline.index import Index
+from pipeline.store import create_array, write_shard
+from pipeline.write_index import write_index
+from xformer.console import table
+from xformer.data import Cache, Pairs
+from xformer.model import Stage1, build_stage1
+from xformer.optimiser import make_optimizer
+from xformer.order import Schedule
+from xformer.reading import stream
+from xformer.settings import Settings, load_settings
+from xformer.text import TextTokenizer
+
+ROWS, SHARD, WARM = 192, 32, 2
+CAPTION = "a man in a red shirt rides a brown horse along the beach"  # as long as COCO's captions are
+
+
+def make_store(path: Path, settings: Settings) -> None:
+    """Random features of the settings' sizes, written as an extraction writes them; the pictures are empty of meaning."""
+    pictures = path.parent / "pictures"
+    pictures.mkdir()
+    names = [f"{i}.png" for i in range(ROWS)]
+    for name in names:
+        (pictures / name).write_bytes(name.encode())
+    rows = [Row(name, name, (CAPTION,), "train") for name in names]
+    write_index(path / "index", Corpus("made up", pictures, pictures, "0", lambda: iter(rows)), SHARD, 0.0, None)
+    index, draw = Index(path / "index"), np.random.default_rng(0)
+    side, patches = settings.image_size, (settings.image_size // settings.mae.patch) ** 2
+    cells = (side // (14 if side == 224 else 16)) ** 2
+    visible, usage = patches // 4, {"view": 0, "mask_ratio": 0.75}
+    arrays = {
+        f"clip/{settings.clip.layers[0]}/tokens": ((cells + 1, settings.clip.width), "float16"),
+        "mae/draw-0/tokens": ((visible + 1, settings.mae.width), "float16"),
+        "mae/draw-0/kept": ((patches // 8,), "uint8"),
+        "pixels/view-0": ((3, side, side), "uint8"),
+    }
+    kept = np.packbits(np.arange(patches) < visible)
+    for name, (shape, dtype) in arrays.items():
+        create_array(path, name, index, shape, dtype, {"made": "up"}, usage)
+        for shard in range(index.shards):
+            if name.endswith("kept"):
+                block = np.tile(kept, (SHARD, 1))
+            elif dtype == "uint8":
+                block = draw.integers(0, 256, (SHARD, *shape), np.uint8)
+            else:
+                block = draw.standard_normal((SHARD, *shape), np.float32).astype(np.float16)
+            start, stop = index.bounds(shard)
+            write_shard(path, name, index, shard, block, names[start:stop], [], 0.0)
+
+
+def compare(settings: Settings, stage1: Stage1, batch: int, rounds: int, device: torch.device) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        store = Path(folder) / "store.zarr"
+        make_store(store, settings)
+        tokenizer = TextTokenizer("embedded:text", settings.qformer.max_text, settings.qformer.max_words)
+        pairs = Pairs([Cache(store, settings, "xformer", pixels=True)], "train", tokenizer, settings)
+        schedule = Schedule(len(pairs), batch, 10**6, WARM + rounds, 0)
+        stage1.to(device).train()
+        optimizer = make_optimizer(stage1, settings.stage1)
+
+        def step(given: Any) -> float:
+            optimizer.zero_grad()
+            losses, _ = stage1(given.to(device), True, torch.Generator().manual_seed(0))
+            total = torch.stack(list(losses.values())).sum()
+            total.backward()
+            optimizer.step()
+            return float(total.detach())
+
+        seconds: dict[str, list[float]] = {"fed": [], "in memory": []}
+        source = stream(pairs, schedule, 0, 0, 1, 1, threads=settings.data.threads, ahead=settings.data.ahead)
+        for number in range(WARM + rounds):
+            began = time.perf_counter()
+            read = next(source)
+            step(read.batch)
+            fed = time.perf_counter() - began
+            held = {k: None if v is None else v.clone().to(device) for k, v in vars(read.batch).items()}
+            given = dataclasses.replace(read.batch, **held)
+            began = time.perf_counter()
+            step(given)
+            if number >= WARM:
+                seconds["fed"].append(fed)
+                seconds["in memory"].append(time.perf_counter() - began)
+        source.close()
+    ratios = sorted(a / b for a, b in zip(*seconds.values(), strict=True))
+    return {
+        "batch": batch,
+        "seconds": {name: statistics.median(values) for name, values in seconds.items()},
+        "ratio": statistics.median(ratios),
+        "lowest": ratios[0],
+        "highest": ratios[-1],
+    }
+
+
+def fed() -> dict[str, Any]:
+    """The tiny preset, and the paper's widths at a third of their depth; on a GPU too, where there is one."""
+    tiny, wide = load_settings("tiny"), load_settings("paper", overrides=["qformer.dropout=0", "data.threads=2"])
+    words = TextTokenizer("embedded:text", tiny.qformer.max_text, tiny.qformer.max_words)
+    assert words.vocabulary <= VOCABULARY and words.begin < BEGIN
+    torch.manual_seed(0)
+    small = build_stage1(tiny, "xformer", words.vocabulary, words.begin)
+    cpu = torch.device("cpu")
+    found = {
+        "tiny, CPU": compare(tiny, small, tiny.stage1.batch, 40, cpu),
+        "BERT-base widths, CPU": compare(wide, build_wide(), 4, 10, cpu),
+    }
+    if torch.cuda.is_available():
+        found["BERT-base widths, GPU"] = compare(wide, build_wide(), 100, 40, torch.device("cuda"))
+    header = ("", "batch", "fed (s)", "in memory (s)", "ratio, median of pairs", "lowest", "highest")
+    rows = [
+        (name, r["batch"], *r["seconds"].values(), r["ratio"], r["lowest"], r["highest"]) for name, r in found.items()
+    ]
+    table("a stage-1 step fed by the reader : the same step on tensors in memory", header, rows)
+    return found

@@ -1,0 +1,191 @@
+"""Killed, starved and fed the wrong features: a training run goes on exactly, or stops in one sentence."""
+
+import errno
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.faults.report import ROOT, line
+from xformer import checkpoint, losses
+from xformer.errors import CheckpointError, SettingsError, StoreError, TrainingError
+from xformer.settings import load_settings
+from xformer.train import train_stage1
+
+TRAIN = """
+import json, sys
+from pathlib import Path
+from xformer import console
+from xformer.settings import load_settings
+from xformer.train import train_stage1
+console.set_quiet(True)
+store, run, overrides, resume = sys.argv[1:]
+train_stage1([Path(store)], Path(run), load_settings(overrides=json.loads(overrides)), "xformer", resume == "yes")
+"""
+
+
+def lines(run: Path, event: str) -> list[dict]:
+    found = [json.loads(text) for text in (run / "log.jsonl").read_text().splitlines()]
+    return [entry for entry in found if entry["event"] == event]
+
+
+def fed(run: Path) -> list[tuple[int, str, float]]:
+    """What every step read and lost."""
+    return [(entry["step"], entry["pairs"], entry["loss"]) for entry in lines(run, "train")]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    newest = checkpoint.newest(run)
+    return load_file(newest / "model.safetensors") | load_file(newest / "optimizer.safetensors")
+
+
+def killed_runs(store: Path, kills: int, steps: int, small: list[str], tmp_path: Path) -> int:
+    """One run killed again and again at random moments after it has gone further, and one left alone."""
+    overrides = [*small, f"train.max_steps={steps}", "train.save_every=2", "train.validate_every=1000", "train.keep=1",
+                 "qformer.dropout=0.1", "stage1.hard_negatives_after=3", "train.trackers=[]"]  # fmt: skip
+    run, draw, done = tmp_path / "killed", random.Random(0), 0
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    while not (run / "summary.json").exists():
+        before = len(fed(run)) if (run / "log.jsonl").exists() else 0
+        resume = "yes" if checkpoint.checkpoints(run) else "no"
+        words = [sys.executable, "-c", TRAIN, str(store), str(run), json.dumps(overrides), resume]
+        child = subprocess.Popen(words, env=environment, cwd=tmp_path)
+        deadline = time.monotonic() + 600
+        if done < kills:
+            further = before + draw.randrange(1, max(2, steps // (kills + 1)))
+            while child.poll() is None and time.monotonic() < deadline:
+                if (run / "log.jsonl").exists() and (run / "log.jsonl").read_text().count('"train"') > further:
+                    break
+                time.sleep(0.002)
+            time.sleep(draw.uniform(0, 0.1))
+            done += child.poll() is None
+            child.kill()
+            child.wait()
+        else:
+            assert child.wait(600) == 0
+    alone = tmp_path / "alone"
+    train_stage1([store], alone, load_settings(overrides=overrides), "xformer", resume=False)
+    assert fed(run) == fed(alone) and len(fed(run)) == steps
+    one, other = weights(run), weights(alone)
+    assert set(one) == set(other) and all(torch.equal(one[k], other[k]) for k in one)
+    return done
+
+
+def test_two_kills_end_in_the_same_weights(features: Path, small: list[str], tmp_path: Path) -> None:
+    line("SIGKILL of a training run, weights and samples equal", 2, killed_runs(features, 2, 9, small, tmp_path))
+
+
+@pytest.mark.slow
+def test_twenty_kills_end_in_the_same_weights(features: Path, small: list[str], tmp_path: Path) -> None:
+    line("SIGKILL of a training run, weights and samples equal", 20, killed_runs(features, 20, 90, small, tmp_path))
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, when: Callable[[int], bool]) -> None:
+    honest, calls = losses.itg, []
+
+    def poisoned(*arguments):
+        calls.append(1)
+        return honest(*arguments) * (float("nan") if when(len(calls) - 1) else 1.0)
+
+    monkeypatch.setattr(losses, "itg", poisoned)
+
+
+def test_one_step_that_is_not_finite_changes_nothing(
+    features: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = [*small, "train.max_steps=8", "train.validate_every=1000", "train.save_every=1", "train.keep=9"]
+    poison(monkeypatch, lambda step: step == 7)  # the eighth and last
+    monkeypatch.setattr("xformer.validate.validation_batches", lambda *_: [])
+    train_stage1([features], tmp_path / "run", load_settings(overrides=wanted), "qformer", resume=False)
+    (skipped,) = lines(tmp_path / "run", "skipped")
+    assert skipped["step"] == 8 and skipped["itg"] == "nan"
+    last, before = ({n: v for n, v in load_file(c / "model.safetensors").items()} for c in
+                    checkpoint.checkpoints(tmp_path / "run")[:-3:-1])  # fmt: skip
+    assert all(torch.equal(last[k], before[k]) and last[k].isfinite().all() for k in last)
+    assert not (tmp_path / "run" / "nonfinite.json").exists()
+    line("a loss that is not finite at step 7", 1, 1)
+
+
+def test_three_steps_in_a_row_end_the_run_with_their_samples(
+    features: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, lambda step: step >= 2)
+    with pytest.raises(TrainingError, match=r"itg was not finite in 3 steps in a row \(step 4\).*nonfinite.json"):
+        train_stage1([features], tmp_path / "run", load_settings(overrides=[*small, "train.max_steps=9"]), "qformer",
+                     resume=False)  # fmt: skip
+    found = json.loads((tmp_path / "run/nonfinite.json").read_text())
+    assert [step["step"] for step in found] == [2, 3, 4] and found[0]["losses"]["itg"] == "nan"
+    sample = found[0]["samples"][0]
+    assert len(found[0]["samples"]) == 16 and sample["store"] == str(features) and sample["id"] and sample["caption"]
+
+
+def test_a_full_disk_while_saving_keeps_the_old_checkpoint(
+    features: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    import cli
+
+    honest = checkpoint.save_file
+    saves: list[Path] = []
+
+    def full(tensors: dict, file: Path, metadata: dict) -> None:
+        saves.append(file)
+        honest(tensors, file if len(saves) < 4 else Path("/dev/full"), metadata)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    words = ["train", "--stage", "1", "--features", str(features), "--out", str(tmp_path / "run")]
+    words += [word for override in small for word in ("--set", override)]
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*words, "--quiet"])
+    assert stopped.value.code == 3
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert os.strerror(errno.ENOSPC) in told and "optimizer.safetensors" in told
+    assert [c.name for c in checkpoint.checkpoints(tmp_path / "run")] == ["step-00000002"]
+    assert [f.name for f in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002"]
+    line("the disk is full while saving", 1, 1)
+
+
+def test_a_store_that_grows_is_read_as_it_was(
+    features: Path, stage1: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, run = Path(shutil.copytree(features, tmp_path / "s.zarr")), tmp_path / "run"
+    shutil.copytree(stage1, run)
+    shutil.rmtree(checkpoint.newest(run))
+    for name in ("tokens", "kept"):
+        shutil.copytree(store / "mae/draw-1" / name, store / "mae/draw-2" / name)
+    train_stage1([store], run, load_settings(overrides=small), "xformer", resume=True)
+    assert checkpoint.read_state(checkpoint.newest(run))["draws"] == 2
+    ours, theirs = weights(run), weights(stage1)
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    shutil.rmtree(checkpoint.newest(run))
+    shutil.rmtree(store / "mae/draw-2")
+    shutil.rmtree(store / "mae/draw-1")
+    with pytest.raises(StoreError, match="reads 2 mask draws.*holds 1"):
+        train_stage1([store], run, load_settings(overrides=small), "xformer", resume=True)
+
+
+def test_what_would_change_the_samples_is_refused(
+    features: Path, stage1: Path, small: list[str], tmp_path: Path
+) -> None:
+    other = Path(shutil.copytree(features, tmp_path / "other.zarr"))
+    with pytest.raises(SettingsError, match="pairs|stores"):
+        train_stage1([features, other], stage1, load_settings(overrides=small), "xformer", resume=True)
+    for wrong, match in ((["train.batch=100000"], "there are .* pairs"), (["data.weights=[1,2]"], "2 numbers")):
+        with pytest.raises(SettingsError, match=match):
+            changed = load_settings(overrides=[*small, *wrong])
+            train_stage1([features], tmp_path / "run", changed, "xformer", resume=False)
+    state = checkpoint.read_state(checkpoint.newest(stage1))
+    from xformer.resume import refuse_missing_state
+
+    refuse_missing_state(stage1, state, state["settings"]["seed"])
+    for key in ("random", "scaler", "epochs"):
+        with pytest.raises(CheckpointError, match="lacks"):
+            refuse_missing_state(stage1, {k: v for k, v in state.items() if k != key}, state["settings"]["seed"])

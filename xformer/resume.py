@@ -1,0 +1,60 @@
+"""Going on with a run: what must be the same, and the state that is neither weights nor moments."""
+
+from pathlib import Path
+from typing import Any
+
+from xformer.errors import CheckpointError, SettingsError
+
+SAME = (
+    "stage",
+    "model",
+    "settings",
+    "identities",
+    "stores",
+    "pairs",
+    "draws",
+)  # else the samples or losses would differ
+
+
+def refuse_other_run(run: Path, state: dict[str, Any], described: dict[str, Any]) -> None:
+    """Raises SettingsError, which names the field, where a run would go on in another way than it was started."""
+    for key in SAME:
+        if difference := _difference(state.get(key), described[key], key):
+            raise SettingsError(f"{run} was started with {difference}; use the same, or start a new run.")
+
+
+def _difference(there: Any, here: Any, name: str) -> str | None:
+    """The first field in which two nested values differ, with both values; tuples are equal to lists."""
+    if isinstance(there, dict) and isinstance(here, dict):
+        found = (_difference(there.get(k), here.get(k), f"{name}.{k}") for k in [*there, *(set(here) - set(there))])
+        return next((text for text in found if text), None)
+    if isinstance(there, list | tuple) and isinstance(here, list | tuple) and len(there) == len(here):
+        found = (_difference(a, b, f"{name}[{i}]") for i, (a, b) in enumerate(zip(there, here, strict=True)))
+        return next((text for text in found if text), None)
+    return None if there == here else f"{name.removeprefix('settings.')} = {there!r}, not {here!r}"
+
+
+def refuse_missing_state(checkpoint: Path, state: dict[str, Any], seed: int) -> None:
+    """Raises CheckpointError where a checkpoint lacks the state that makes going on exact.
+
+    Every random number is drawn by a generator keyed by the seed and the step, so these two are the generators' state.
+    """
+    if state.get("random") != {"seed": seed, "step": state.get("step")}:
+        raise CheckpointError(f"{checkpoint} lacks the state of the random generators; use an older one.")
+    if missing := {"scaler", "nonfinite", "epochs", "validation", "seconds"} - set(state):
+        raise CheckpointError(f"{checkpoint} lacks {min(missing)} in state.json; use an older one.")
+
+
+def scaler_state(scaler: Any) -> dict[str, float] | None:
+    """The loss scaler of fp16 training; None where there is none."""
+    return None if scaler is None else scaler.state_dict()
+
+
+def load_scaler(checkpoint: Path, state: dict[str, Any], scaler: Any) -> None:
+    """Restores the loss scaler. Raises CheckpointError where only one side has one."""
+    if (scaler is None) != (state["scaler"] is None):
+        raise CheckpointError(
+            f"{checkpoint}: saved {'without' if scaler else 'with'} a loss scaler; use its precision."
+        )
+    if scaler is not None:
+        scaler.load_state_dict(state["scaler"])
