@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from benchmarks.extraction import extraction, planned
+from benchmarks.fed import fed
 from benchmarks.reader import reader
 from benchmarks.scoring import queries, scoring
 from xformer.console import say, table
@@ -97,7 +98,7 @@ def online() -> dict:
 
 PARTS = {
     "start": start, "memory": memory, "reader": reader, "extraction": extraction, "plan": planned, "step": step,
-    "scoring": scoring, "queries": queries, "online": online,
+    "fed": fed, "scoring": scoring, "queries": queries, "online": online,
 }  # fmt: skip
 
 

@@ -230,7 +230,10 @@ def overhead() -> dict[str, Any]:
         if isinstance(module, Stage1) and module.training:
             at.append((time.perf_counter(), time.process_time()))
             if len(seen) < STEPS:
-                seen.append((given[0], given[1]))
+                held = {
+                    k: None if v is None else v.clone() for k, v in vars(given[0]).items()
+                }  # its memory is used again
+                seen.append((Batch(**held), given[1]))
 
     def per_step() -> tuple[float, float]:
         found = tuple((at[-1][i] - at[WARM][i]) / (len(at) - 1 - WARM) for i in (0, 1))
