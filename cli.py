@@ -328,6 +328,27 @@ def store_retry(store: Annotated[Path, typer.Argument()], quiet: Quiet = False) 
     say(f"{store}: {tried} rows tried again, {left} dead letters left")
 
 
+@store_app.command("merge")
+def store_merge(
+    store: Annotated[Path, typer.Argument(help="The store to fill; a new one, or one of the same corpus.")],
+    sources: Annotated[list[Path], typer.Argument(help="Stores that were made elsewhere.")],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report here.")] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Copy committed shards of other stores of the same corpus into one; each is checked, what differs is refused."""
+    _settings("tiny", None, None, None, quiet)
+    from pipeline.merge import merge
+    from xformer import publish
+    from xformer.console import say
+
+    done = merge(store, sources)
+    say(f"{store}: {done['copied']} shards copied ({done['bytes'] / 1e6:,.1f} MB), {done['kept']} kept")
+    for name, count in done["missing"].items():
+        say(f"{name} still lacks {count} shards")
+    if json_file:
+        publish.write_json(json_file, done)
+
+
 @store_app.command("gc")
 def store_gc(
     store: Annotated[Path, typer.Argument()],
