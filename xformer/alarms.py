@@ -13,6 +13,9 @@ from xformer.losses import ITM_CONSTANT
 
 LINES = 5  # of training in a row that must show it
 VALIDATIONS = 2  # in a row that must show it
+ITM_PATIENCE = (
+    2000  # steps after the warm-up, or half of a shorter run: it may take some hundred steps to leave the constant
+)
 ITM_MARGIN = 0.01  # below the constant predictor's loss; stuck runs stay within it
 MIN_RANK = 1.5  # effective rank of an image's output queries; 1 = all of them are the same vector up to their length
 MAX_WAIT = 0.5  # share of the time that a step waits for its batch: above it the reader decides the speed
@@ -30,13 +33,13 @@ class Plan:
 
 
 def itm_at_constant(lines: Sequence[Line], plan: Plan) -> str | None:
-    """ITM no better than guessing 1/3 always, in every line of the last twentieth of the run, after the warm-up."""
+    """ITM no better than guessing 1/3 always, in every line since ITM_PATIENCE steps."""
     after = [line for line in _of(lines, "train", "itm") if line["step"] > plan.warmup]
-    if not after:
+    patience = min(ITM_PATIENCE, plan.steps / 2)
+    if not after or after[-1]["step"] - plan.warmup < patience:
         return None
     last = after[-1]["step"]
-    recent = [line for line in after if line["step"] > last - plan.steps / 20]
-    recent = recent if len(recent) >= LINES else after[-LINES:]
+    recent = [line for line in after if line["step"] > last - patience]
     if len(recent) < LINES or min(line["itm"] for line in recent) < ITM_CONSTANT - ITM_MARGIN:
         return None
     return (

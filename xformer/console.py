@@ -157,32 +157,45 @@ class RunView:
 
     def render(self) -> Any:
         """The table, the line below it, and the alarms, as something that rich can draw."""
+        from rich.box import SIMPLE_HEAD
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
         shown = self.lines[-self.ROWS :]
-        names = list(dict.fromkeys(name for line in shown if line["event"] == "train" for name in _figures(line)))
-        drawn = Table(title=self.title, title_justify="left")
-        for name in names or ["step"]:
+        cells = [_figures(line) | {"left": ""} for line in shown]
+        names = list(
+            dict.fromkeys(n for line, c in zip(shown, cells, strict=True) if line["event"] == "train" for n in c)
+        )
+        names = [name for name in names if name != "left"] or ["step"]
+        widths = {name: max(len(name), *(len(c.get(name, "")) for c in cells)) + 3 for name in names if cells}
+        for name in _FIRST_TO_GO:  # on a narrow terminal; log.jsonl has them
+            if sum(widths.values()) > self.console.width and widths.pop(name, None):
+                names.remove(name)
+        drawn = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
+        for name in names:
             drawn.add_column(name, justify="right", no_wrap=True)
-        for line in shown:
-            cells = _figures(line)
+        for line, found in zip(shown, cells, strict=True):
             style = "cyan" if line["event"] == "validate" else None
-            drawn.add_row(*[cells.get(name, "") for name in names], style=style)
+            drawn.add_row(*[found.get(name, "") for name in names], style=style)
         left = "?" if self.left is None else duration(self.left)
         share = self.done / max(1, self.steps)
-        below = f"step {self.done:,}/{self.steps:,} ({share:.0%}) | loss {self.loss:.3f} | {left} left"
-        if any(line["event"] == "validate" for line in shown):
-            below += " | cyan: validation"
+        below = [Text(f"step {self.done:,}/{self.steps:,} ({share:.0%}) | loss {self.loss:.3f} | {left} left")]
+        if validated := [line for line in self.lines if line["event"] == "validate"]:
+            step, *more = ((n, text) for n, text in _figures(validated[-1]).items() if n not in names or n == "step")
+            told = " | ".join(f"{name} {text}" for name, text in more)
+            below.append(Text(f"validation at step {step[1]} (cyan): {told}", style="cyan"))
         alarms = [Text(f"ALARM {text}", style="bold yellow") for text in self.warnings[-4:]]
-        return Group(drawn, Text(below), *alarms)
+        return Group(drawn, *below, *alarms)
 
 
 _WHAT = {"train": "", "validate": " validation"}
 _SHORT = {
     "reconstruction": "recon", "gradient_norm": "grad", "itm_accuracy": "itm acc", "lm_of_another_image": "lm, wrong image",
+    "reconstruction_of_mean": "recon of mean", "effective_rank": "query rank", "recall1_image_to_text": "image to text R@1",
+    "recall1_text_to_image": "text to image R@1",
 }  # fmt: skip
+_FIRST_TO_GO = ("grad", "itm acc", "MiB", "lr")
 _UNSEEN = {
     "event",
     "epoch",
