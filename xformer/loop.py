@@ -73,6 +73,12 @@ class Loop:
             len(pairs), recipe.batch, recipe.epochs, recipe.max_steps, seed, tuple(pairs.sizes), tuple(data.weights),
             data.block, data.window,
         )  # fmt: skip
+        if self.accelerator.verify_device_map(model):  # a spread language model stays where its layers lie
+            if world > 1:
+                raise SettingsError("llm.spread puts one model on all GPUs; run it in one process, without a launcher.")
+            for name, part in model.named_children():
+                if name != "llm":
+                    part.to(self.accelerator.device)
         self.model, self.optimizer = self.accelerator.prepare(model, make_optimizer(model, recipe))
         self.start, self.history, self.seconds = 0, [], 0.0
         self.validation: dict[str, float] = {}

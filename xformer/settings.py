@@ -121,6 +121,7 @@ class Local(Section):
 class Llm(Section):
     weights: str
     autocast: Precision
+    spread: bool
     prompt: str
 
 

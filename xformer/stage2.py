@@ -23,15 +23,21 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class FrozenLlm(nn.Module):
-    """A frozen OPT with its tokenizer. Text ends at a line break; prompts are padded on the left."""
+    """A frozen OPT with its tokenizer. Text ends at a line break; prompts are padded on the left.
 
-    def __init__(self, weights: str, dtype: str) -> None:
+    Args:
+        spread: its layers lie on all GPUs of this machine (accelerate's device map). Not tested on several GPUs.
+    """
+
+    def __init__(self, weights: str, dtype: str, spread: bool = False) -> None:
         super().__init__()
         weight_files = "model.safetensors|pytorch_model.bin|model.safetensors.index.json|pytorch_model.bin.index.json"
         folder = resolve(weights, ("config.json", weight_files, "tokenizer.json|tokenizer_config.json"))
         with readable(weights):
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-            self.model: Any = OPTForCausalLM.from_pretrained(folder, local_files_only=True, dtype=DTYPES[dtype])
+            self.model: Any = OPTForCausalLM.from_pretrained(
+                folder, local_files_only=True, dtype=DTYPES[dtype], device_map="auto" if spread else None
+            )
         if self.model.config.model_type != "opt":
             raise WeightsError(f"weights {weights}: a {self.model.config.model_type} model; only OPT is supported.")
         self.model.eval().requires_grad_(False)
@@ -146,8 +152,8 @@ def refuse_other_llm(trained_with: str | None, llm: FrozenLlm, checkpoint_name: 
         )
 
 
-def build_stage2(settings: Settings, model: str) -> Stage2:
+def build_stage2(settings: Settings, model: str, spread: bool = False) -> Stage2:
     xformer = build_xformer(settings, model, vocabulary=0)
-    llm = FrozenLlm(settings.llm.weights, settings.llm.autocast)
+    llm = FrozenLlm(settings.llm.weights, settings.llm.autocast, spread)
     decoder = FrozenDecoder(settings.mae.weights) if rebuilds(settings, model, "stage2") else None
     return Stage2(xformer, llm, settings.qformer.width, decoder)

@@ -162,7 +162,7 @@ def train_stage2(
     torch.manual_seed(settings.seed)
     train, val, caches = _pairs(features, settings, model, "stage2", asked)
     compare_identities(before["identities"], caches[0].identities(), str(init), str(features[0]))
-    stage2 = build_stage2(settings, model)
+    stage2 = build_stage2(settings, model, settings.llm.spread)
     if task is None:
         checkpoint.load_model(start, stage2.xformer, prefix="xformer.")
     else:

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from xformer import checkpoint
 from xformer.errors import CheckpointError, SettingsError, StoreError, TrainingError
+from xformer.monitor import read_log
 from xformer.optimiser import learning_rate
 from xformer.order import Schedule
 from xformer.settings import load_settings
@@ -158,16 +159,23 @@ def test_several_stores_train_together(features: Path, small: list[str], tmp_pat
     assert summary["steps"] == 4
 
 
-def test_two_processes_train_one_run(features: Path, small: list[str], tmp_path: Path) -> None:
+def test_two_processes_go_on_with_a_run_of_one(features: Path, stage1: Path, small: list[str], tmp_path: Path) -> None:
     import os
     import subprocess
     import sys
 
-    line = ["train", "--stage", "1", "--features", str(features), "--out", str(tmp_path / "run")]
+    run = Path(shutil.copytree(stage1, tmp_path / "run"))
+    shutil.rmtree(checkpoint.checkpoints(run)[-1])
+    line = ["train", "--stage", "1", "--features", str(features), "--out", str(run), "--resume"]
     line += [word for override in small for word in ("--set", override)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cli"]
     environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    subprocess.run([*launch, *line], check=True, capture_output=True, env=environment, timeout=300)
-    lines = [json.loads(text) for text in (tmp_path / "run/log.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if line["event"] == "train"] == [1, 2, 3, 4]
-    assert checkpoint.read_state(checkpoint.newest(tmp_path / "run"))["step"] == 4
+    subprocess.run([*launch, *line], check=True, capture_output=True, env=environment, timeout=600)
+    one, two = ([entry for entry in read_log(r) if entry["event"] == "train"] for r in (stage1, run))
+    assert [(e["step"], e["pairs"]) for e in two] == [(e["step"], e["pairs"]) for e in one] and len(one) == 4
+    for ours, theirs in zip(two, one, strict=True):
+        for name in ("itc", "itm", "itg", "reconstruction", "loss"):
+            assert ours[name] == pytest.approx(theirs[name], abs=1e-4), (ours["step"], name)
+    summary = json.loads((run / "summary.json").read_text())
+    assert summary["processes"] == 2 and summary["negatives"] == 15
+    assert checkpoint.read_state(checkpoint.newest(run))["step"] == 4
