@@ -578,6 +578,19 @@ def ablate(
     )
 
 
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of xformer ablate, their results/, or of demo and eval.")],
+    out: Annotated[Path, typer.Option(help="The page; pictures and tables lie beside it.")] = Path("report.html"),
+    quiet: Quiet = False,
+) -> None:
+    """One self-contained page of finished runs: claims, scores, curves, answers, reconstructions, costs, settings."""
+    _settings("tiny", None, None, None, quiet)
+    from xformer.lab.report import report as run
+
+    run(runs, out)
+
+
 def _numbers(text: str) -> list[int]:
     from xformer.errors import SettingsError
 

@@ -30,6 +30,15 @@ td:first-child,th:first-child{text-align:left}.theirs td{color:#6b7280;font-styl
 .card img{width:100%;image-rendering:auto;border-radius:4px}.card b{display:block;margin:.3rem 0}
 .card .none{background:#f3f4f6;color:#9ca3af;text-align:center;padding:3rem 0;border-radius:4px}
 .answer{font-size:.87rem;display:flex;justify-content:space-between;gap:.5rem}.answer em{color:#6b7280;font-style:normal}
+.scroll{overflow-x:auto}figure{margin:.6rem 0}figure img{max-width:100%;height:auto}
+figcaption{color:#6b7280;font-size:.85rem}
+.figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:1rem}
+pre{overflow-x:auto;font-size:.8rem}
+.holds{color:#15803d;font-weight:600}.fails{color:#b91c1c;font-weight:600}.undecided{color:#6b7280}
+.claims td:not(:first-child){white-space:nowrap}.left td{text-align:left}
+@media(max-width:640px){body{margin:.8rem auto;padding:0 .7rem}
+td,th{padding:.2rem .4rem;font-size:.8rem}td:first-child{min-width:8.5rem}
+.cards{grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:.6rem}.bars{grid-template-columns:1fr}}
 .right{color:#15803d}.wrong{color:#b91c1c}.half{color:#a16207}
 """
 
@@ -56,7 +65,7 @@ def answers_page(report: dict[str, Any], part: str, rows: list[dict[str, Any]], 
         f"<h2>Where the answers differ most</h2><p class=note>The first {len(chosen)} of {len(rows)} questions, sorted by "
         "disagreement: first those on which the scores of the answers lie furthest apart. Right answers are green.</p>",
         "<div class=cards>",
-        *[_card(row, thumbnails.get(str(row["image_id"]))) for row in chosen],
+        *[card(row, thumbnails.get(str(row["image_id"]))) for row in chosen],
         "</div>",
     ]
     return document(report["title"], body)
@@ -64,7 +73,8 @@ def answers_page(report: dict[str, Any], part: str, rows: list[dict[str, Any]], 
 
 def document(title: str, body: list[str]) -> str:
     """A whole page around parts that are HTML already."""
-    head = f"<meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"
+    head = "<meta name=viewport content='width=device-width,initial-scale=1'>"
+    head += f"<meta charset=utf-8><title>{escape(title)}</title><style>{STYLE}</style>"
     allowed = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     policy = f'<meta http-equiv=Content-Security-Policy content="{allowed}">'
     return f"<!doctype html><html lang=en><head>{policy}{head}</head><body>\n" + "\n".join(body) + "\n</body></html>\n"
@@ -85,11 +95,17 @@ def score_table(scores: dict[str, dict[str, Any]], paper: dict[str, dict[str, fl
 
 def plain_table(heads: list[str], rows: list[tuple]) -> str:
     """A table whose first column is a name; floats with two decimals."""
-    lines = ["<table><tr><th></th>", *[f"<th>{escape(head)}</th>" for head in heads], "</tr>"]
+    lines = ["<div class=scroll><table><tr><th></th>", *[f"<th>{escape(head)}</th>" for head in heads], "</tr>"]
     for row in rows:
-        cells = [f"{v:.2f}" if isinstance(v, float) else str(v) for v in row]
+        cells = ["" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in row]
         lines.append("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in cells) + "</tr>")
-    return "".join(lines) + "</table>"
+    return "".join(lines) + "</table></div>"
+
+
+def figure(png: bytes, caption: str) -> str:
+    """A picture inside the page; the caption is its description too."""
+    uri = f"data:image/png;base64,{base64.b64encode(png).decode()}"
+    return f'<figure><img src="{uri}" alt="{escape(caption)}"><figcaption>{escape(caption)}</figcaption></figure>'
 
 
 def heat_map(title: str, values: list[list[float]], cell: int = 12) -> str:
@@ -147,7 +163,8 @@ def _bars(scores: dict[str, dict[str, Any]], part: str) -> str:
     return "".join(out) + "</div>"
 
 
-def _card(row: dict[str, Any], picture: str | None) -> str:
+def card(row: dict[str, Any], picture: str | None) -> str:
+    """A question with its picture, the truth, and what every system answers."""
     image = (
         f'<img src="{picture}" alt="">' if picture else f"<div class=none>image {escape(str(row['image_id']))}</div>"
     )

@@ -167,7 +167,11 @@ def measure(run: Run, name: str, questions: Questions) -> dict[str, Any]:
     systems, _ = answer(run.stage2, questions.store, rows, [], wanted, folder / "progress")
     given = systems[run.model]
     report, each = score(name, rows, given)
-    publish.write_bytes(folder / f"{name}.json", (json.dumps({"answers": given}) + "\n").encode())
+    files = {key: str(path.resolve()) for key, path in vars(questions.files).items() if path is not None}
+    texts = json.dumps(
+        {"files": files, "scores": [None if np.isnan(v) else round(float(v), 3) for v in each], "answers": given}
+    )
+    publish.write_bytes(folder / f"{name}.json", (texts + "\n").encode())
     return packed(report, rows, each, name)
 
 
