@@ -35,7 +35,8 @@ def first(found: list[dict], benchmark: str = "vqav2", source: str = "Table 1", 
 
 
 def test_a_large_difference_holds_its_reverse_does_not_and_few_seeds_decide_nothing() -> None:
-    assert first(results({"xformer": 0.6, "qformer": 0.5}, 5))["verdict"] == HOLDS
+    row = first(results({"xformer": 0.6, "qformer": 0.5}, 5))
+    assert row["verdict"] == HOLDS and (row["better"], row["worse"]) == ("xformer", "qformer")
     assert first(results({"xformer": 0.6, "qformer": 0.5}, 5), part="number")["verdict"] == HOLDS
     assert first(results({"xformer": 0.5, "qformer": 0.6}, 5))["verdict"] == FAILS
     few = first(results({"xformer": 0.6, "qformer": 0.5}, 4))

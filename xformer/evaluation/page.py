@@ -35,7 +35,7 @@ figcaption{color:#6b7280;font-size:.85rem}
 .figures{display:grid;grid-template-columns:repeat(auto-fill,minmax(min(100%,340px),1fr));gap:1rem}
 pre{overflow-x:auto;font-size:.8rem}
 .holds{color:#15803d;font-weight:600}.fails{color:#b91c1c;font-weight:600}.undecided{color:#6b7280}
-.claims td:not(:first-child){white-space:nowrap}.left td{text-align:left}
+.scroll td:not(:first-child),.scroll th{white-space:nowrap}.left td{text-align:left}
 @media(max-width:640px){body{margin:.8rem auto;padding:0 .7rem}
 td,th{padding:.2rem .4rem;font-size:.8rem}td:first-child{min-width:8.5rem}
 .cards{grid-template-columns:repeat(auto-fill,minmax(150px,1fr));gap:.6rem}.bars{grid-template-columns:1fr}}
@@ -61,7 +61,7 @@ def answers_page(report: dict[str, Any], part: str, rows: list[dict[str, Any]], 
     body = [
         f"<h1>{escape(report['title'])}</h1><p class=note>{escape(note)}</p>",
         score_table(scores, report["paper"]["numbers"]),
-        *[_bars(scores, each) for each in _parts(scores, part)],
+        *[bars(scores, each) for each in _parts(scores, part)],
         f"<h2>Where the answers differ most</h2><p class=note>The first {len(chosen)} of {len(rows)} questions, sorted by "
         "disagreement: first those on which the scores of the answers lie furthest apart. Right answers are green.</p>",
         "<div class=cards>",
@@ -141,12 +141,13 @@ def _parts(scores: dict[str, dict[str, Any]], part: str) -> list[str]:
     return [key for key in (part, *others) if isinstance(found.get(key), dict)]
 
 
-def _bars(scores: dict[str, dict[str, Any]], part: str) -> str:
+def bars(scores: dict[str, dict[str, Any]], part: str, title: str = "") -> str:
+    """Bars of every system by category; `part` is the key of the scores by category, "per_structural" for example."""
     kinds = next(iter(scores.values()))[part]
     values = [v for found in scores.values() for v in found[part].values() if not isinstance(v, str)]
     longest = max([100.0, *values])
     name = part.removeprefix("per_").replace("_", " ")
-    out = [f"<h2>By category: {escape(name)}</h2><div class=bars>"]
+    out = [f"<h2>{escape(title or f'By category: {name}')}</h2><div class=bars>"]
     for kind in kinds:
         out.append(f"<div><h3>{escape(kind)}</h3>")
         for i, (name, found) in enumerate(scores.items()):

@@ -60,10 +60,10 @@ def grouped_bars(values: dict[str, dict[str, dict[str, Any]]], order: list[str],
         )  # fmt: skip
     axis.set_xticks(range(len(groups)), groups)
     top = max((v["mean"] for group in values.values() for v in group.values()), default=1.0)
-    axis.set_ylim(0, min(100.0, top * 1.3) if top <= 100 else top * 1.3)
+    axis.set_ylim(0, top * 1.15)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", alpha=0.25)
-    axis.legend(frameon=False, fontsize=8, ncols=2, loc="upper left")
+    figure.legend(frameon=False, fontsize=8, ncols=2, loc="outside upper center")
     return _saved(figure, file)
 
 
@@ -115,7 +115,7 @@ def claim_intervals(rows: list[dict[str, Any]], file: Path) -> bytes | None:
     rows = [row for row in rows if "interval" in row]
     if not rows:
         return None
-    figure, axis = plt.subplots(figsize=(6.2, 0.7 + 0.36 * len(rows)), layout="constrained")
+    figure, axis = plt.subplots(figsize=(4.4, 0.7 + 0.42 * len(rows)), layout="constrained")
     widest = max(abs(row["difference"]) for row in rows)
     reach = max(5.0, 1.3 * widest, *[min(abs(v), 3 * max(5.0, widest)) for row in rows for v in row["interval"]])
     for place, row in enumerate(reversed(rows)):
@@ -123,12 +123,11 @@ def claim_intervals(rows: list[dict[str, Any]], file: Path) -> bytes | None:
         low, high = row["interval"]
         axis.plot([low, high], [place, place], color=colour, lw=2, solid_capstyle="butt")
         axis.plot(row["difference"], place, "o", color=colour, ms=5)
+        text = f"{row['claim']} ({row['source']})"
+        axis.text(0.01, place + 0.3, text, fontsize=7.5, va="center", transform=axis.get_yaxis_transform())
     axis.axvline(0, color="0.3", lw=1)
-    labels = [f"{row['claim']} ({row['source']})" for row in reversed(rows)]
-    axis.set_yticks(
-        range(len(rows)), [label if len(label) < 62 else label[:60] + "…" for label in labels], fontsize=7.5
-    )
-    axis.set(xlim=(-reach, reach), xlabel="difference in points (hundredths for the cosine)")
+    axis.set_yticks([])
+    axis.set(xlim=(-reach, reach), ylim=(-0.4, len(rows) - 0.3), xlabel="difference in points")
     axis.grid(axis="x", alpha=0.25)
     axis.spines[["top", "right", "left"]].set_visible(False)
     return _saved(figure, file)

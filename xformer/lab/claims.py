@@ -121,7 +121,9 @@ def compare(claim: Claim, ours: dict[int, dict], theirs: dict[int, dict]) -> dic
         return {"seeds": seeds, "missing": "the runs answered different questions"}
     a, b = (claim.sign * np.stack(stack) for stack in stacks)
     means = {"ours": round(100 * float(np.mean(stacks[0])), 2), "theirs": round(100 * float(np.mean(stacks[1])), 2)}
-    return {"seeds": seeds} | means | over_seeds(a, b)
+    found = over_seeds(a, b)
+    counts = {"questions_better": found.pop("better"), "questions_worse": found.pop("worse")}
+    return {"seeds": seeds} | means | found | counts
 
 
 def holm(values: list[float]) -> list[float]:

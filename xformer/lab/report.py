@@ -89,7 +89,10 @@ def _claims(judged: list[dict[str, Any]], beside: Path) -> list[str]:
 
 def _scores(found: Collected, scores: dict[str, Any], main: list[str], beside: Path) -> list[str]:
     names: list[str] = list(dict.fromkeys(name for each in scores.values() for name in each))
-    rows = [(charts.name_of(s), *[spread(each.get(name)) for name in names]) for s, each in scores.items()]
+    rows = [
+        (charts.name_of(s), *[(spread(each.get(name)) or "").replace("+-", "±") for name in names])
+        for s, each in scores.items()
+    ]
     body = ["<h2>Scores</h2>", page.plain_table([TITLES[name] if name in TITLES else name for name in names], rows)]
     body.append("<p class=note>Mean over seeds; the interval (95%) is over seeds only.</p><div class=figures>")
     sets = {TITLES[b]: {v: scores[v][b] for v in main if b in scores[v]} for b in ("vqav2", "gqa", "oc") if b in names}
@@ -99,15 +102,18 @@ def _scores(found: Collected, scores: dict[str, Any], main: list[str], beside: P
     parts = {part for r in found.results for part in r["scores"].get("gqa", {}).get("parts", {})}
     split = [sorted({part.split("/")[i] for part in parts if "/" in part}) for i in (0, 1)]
     split = split if any(split) else [sorted(parts), []]
+    wide: list[str] = []
     for kind, chosen in (("structural", split[0]), ("semantic", split[1])):
         if values := charts.by_part(found.results, "gqa", chosen, main):
-            png = charts.grouped_bars(values, main, beside / f"figure5-{kind}.png")
-            body.append(page.figure(png, f"As in Figure 5: GQA by {kind} type"))
+            charts.grouped_bars(values, main, beside / f"figure5-{kind}.png")
+            named = {v: {kind: {part: each[v]["mean"] for part, each in values.items() if v in each}} for v in main}
+            drawn = {charts.name_of(v): each for v, each in named.items()}
+            wide.append(page.bars(drawn, kind, f"As in Figure 5: GQA by {kind} type"))
     for benchmark, title in (("vqav2", "VQAv2 by answer type"), ("oc", "Object counting by the true count")):
         chosen = sorted({part for r in found.results for part in r["scores"].get(benchmark, {}).get("parts", {})})
         if values := charts.by_part(found.results, benchmark, chosen, main):
             body.append(page.figure(charts.grouped_bars(values, main, beside / f"{benchmark}.png"), title))
-    return [*body, "</div>"]
+    return [*body, "</div>", *wide]
 
 
 def _curves(found: Collected, main: list[str], beside: Path) -> list[str]:
