@@ -131,7 +131,15 @@ def differences(first: Record, second: Record) -> dict[str, tuple[Any, Any]]:
     a, b = (
         r.settings | {"model": r.model, "seed": r.seeds[0] if len(r.seeds) == 1 else r.seeds} for r in (first, second)
     )
-    return {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
+    found = {key: (a.get(key), b.get(key)) for key in sorted(a.keys() | b.keys()) if a.get(key) != b.get(key)}
+    encoders = {key.split(".")[1] for key in a.keys() ^ b.keys() if key.startswith("features.")}
+    for encoder in encoders:  # one run reads features that the other does not read: one line, not ten
+        prefix = f"features.{encoder}."
+        reads = [any(key.startswith(prefix) for key in values) for values in (a, b)]
+        if not all(reads):
+            found = {key: values for key, values in found.items() if not key.startswith(prefix)}
+            found[prefix.rstrip(".")] = ("read" if reads[0] else None, "read" if reads[1] else None)
+    return found
 
 
 def inside(curve: Curve, reference: Curve) -> list[bool]:
@@ -210,7 +218,8 @@ def _against_band(run: Record, reference: Record, differ: dict[str, tuple[Any, A
 
 
 def _show(report: dict[str, Any]) -> None:
-    names = report["runs"]
+    names = [Path(name).name for name in report["runs"]]
+    names = names if names[0] != names[1] else report["runs"]
     if report["settings"]:
         rows = [(key, *map(_short, values)) for key, values in report["settings"].items()]
         table("settings that differ", ("", *names), rows)

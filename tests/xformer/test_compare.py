@@ -148,3 +148,7 @@ def test_differences_name_the_encoder(reference: Path, seeds: list[Path]) -> Non
     key = next(k for k in one.settings if k.startswith("features.clip") and "sha256" in k)
     other.settings[key] = "0"
     assert key in differences(one, other)
+    for name in [k for k in other.settings if k.startswith("features.mae.")]:
+        del other.settings[name]
+    found = differences(one, other)
+    assert found["features.mae"] == ("read", None) and not any(k.startswith("features.mae.") for k in found)
