@@ -68,7 +68,8 @@ def _draw(axis, opened: FeatureStore, name: str, array: FeatureArray, row: int) 
     kept_name = f"{name.removesuffix('tokens')}kept"
     if kept_name not in opened.names():
         side = int(len(norms) ** 0.5)
-        axis.imshow(norms[: side * side].reshape(side, side), cmap="magma")
+        square = norms.reshape(side, side) if side * side == len(norms) else norms[None]  # tokens without a place
+        axis.imshow(square, cmap="magma")
         return
     packed = opened.array(kept_name).read([row])[0]
     patches = len(packed) * 8

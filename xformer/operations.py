@@ -59,7 +59,8 @@ def encoder_operations(settings: Settings, whole: bool = False) -> dict[str, Any
         more: dict[str, Any] = {"return_prefix_tokens": True, "norm": False, "stop_early": True}
         more |= {"output_fmt": "NLC", "intermediates_only": True}
         found = {"clip": count(lambda: model.forward_intermediates(picture, indices=layers, **more)[0][0], False)}
-        found["clip_tokens"] = (side // model.patch_embed.patch_size[0]) ** 2 + model.num_prefix_tokens
+        patches = 0 if clip.tokens == "global" else model.patch_embed.num_patches
+        found["clip_tokens"] = model.num_prefix_tokens + patches
         config = mae_config(settings)
         config.mask_ratio = 0.0 if whole else mae.mask_ratio
         vit: Any = ViTMAEModel(config).eval()
