@@ -39,7 +39,7 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict[str, Any], keep: int) -> Path:
     """Publishes one checkpoint, and only then removes those older than the newest `keep`.
 
-    Raises: OSError where the disk does not take it; the older checkpoints stay.
+    Raises: OSError where the disk does not take it, CheckpointError where a weight is NaN or infinite; the older ones stay.
     """
     names = {id(p): name for name, p in model.named_parameters()}
     moments: dict[str, Tensor] = {}
@@ -47,6 +47,10 @@ def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: d
         for key, value in values.items():
             moments[f"{names[id(parameter)]}/{key}"] = torch.as_tensor(value).detach().cpu().contiguous()
     trained = trainable_state(model)
+    if bad := next((name for name, value in (trained | moments).items() if not value.isfinite().all()), None):
+        raise CheckpointError(
+            f"{run}: {bad} holds values that are NaN or infinite; nothing is saved, go on with --resume."
+        )
     without = sorted(set(trained) - {name.rpartition("/")[0] for name in moments})
     target = write(run, {"model": trained, "optimizer": moments}, state | {"without_moments": without})
     retain(run, keep)

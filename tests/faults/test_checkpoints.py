@@ -232,6 +232,13 @@ def test_a_damaged_newest_checkpoint_is_said_and_none_left_is_an_error(tmp_path:
     assert "optimizer.safetensors is damaged" in capsys.readouterr().out
 
 
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    put(tmp_path, 1)
+    with pytest.raises(CheckpointError, match="weight holds values that are NaN"):
+        checkpoint.save(tmp_path, *trained(float("nan")), STATE | {"step": 2}, keep=1)
+    assert loadable(tmp_path) == 1
+
+
 def test_missing_optimiser_state_is_detected(tmp_path: Path) -> None:
     model, optimizer = trained(1.0)
     whole = checkpoint.write(tmp_path, {"model": checkpoint.trainable_state(model)}, STATE | {"step": 1})
