@@ -42,7 +42,9 @@ def test_cached_clip_tokens_are_the_models_own(features: Path, corpus: Path, set
     for block in model.blocks[:5]:
         x = block(x)
     cached = store.FeatureStore(features).complete("clip/5/tokens").read([4])
-    np.testing.assert_allclose(cached[0], x[0].detach().numpy(), rtol=2e-3, atol=2e-3)
+    own = x[0, : model.num_prefix_tokens]  # `tokens: global`: the class token and the registers
+    assert settings.clip.tokens == "global" and len(own) == 8
+    np.testing.assert_allclose(cached[0], own.detach().numpy(), rtol=2e-3, atol=2e-3)
 
 
 def test_cached_mae_tokens_are_the_models_own_in_raster_order(features: Path, corpus: Path, settings: Settings) -> None:

@@ -322,7 +322,8 @@ def test_clip_tokens_are_timms_forward_up_to_the_block(record) -> None:
         for number, block in enumerate(model.blocks, 1):
             hidden = block(hidden)
             if number in found:
-                record("CLIP tokens before the norm: timm, block by block", torch.from_numpy(found[number]), hidden, 0)
+                own = hidden[:, : found[number].shape[1]]  # `tokens: global`: what stands in front of the patches
+                record("CLIP tokens before the norm: timm, block by block", torch.from_numpy(found[number]), own, 0)
         record(
             "CLIP, all blocks and the norm: timm forward_features",
             model.norm(hidden),
