@@ -6,6 +6,7 @@ Questions stand sorted by disagreement, as in the paper's Figure 6; bars by cate
 import base64
 import io
 import re
+from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -141,7 +142,7 @@ def _parts(scores: dict[str, dict[str, Any]], part: str) -> list[str]:
     return [key for key in (part, *others) if isinstance(found.get(key), dict)]
 
 
-def bars(scores: dict[str, dict[str, Any]], part: str, title: str = "") -> str:
+def bars(scores: dict[str, dict[str, Any]], part: str, title: str = "", colours: Sequence[str] = COLOURS) -> str:
     """Bars of every system by category; `part` is the key of the scores by category, "per_structural" for example."""
     kinds = next(iter(scores.values()))[part]
     values = [v for found in scores.values() for v in found[part].values() if not isinstance(v, str)]
@@ -154,7 +155,7 @@ def bars(scores: dict[str, dict[str, Any]], part: str, title: str = "") -> str:
             value = found[part].get(kind)
             if value is None or isinstance(value, str):
                 continue
-            style = f"width:{100 * max(0.0, value) / longest:.1f}%;background:{COLOURS[i % len(COLOURS)]}"
+            style = f"width:{100 * max(0.0, value) / longest:.1f}%;background:{colours[i % len(colours)]}"
             label = escape(name)
             out.append(
                 f'<div class=bar><span title="{label}">{label}</span><span><i style="{style}"></i></span>'

@@ -7,6 +7,7 @@ on several GPUs yet.
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 from xformer.errors import TrainingError
@@ -51,7 +52,8 @@ def on_dask(runs: list[Run], workers: int, gpus: bool, scheduler: str | None) ->
         raise TrainingError(f"the Dask scheduler is lost ({error}); run the same command again to go on.") from None
     finally:
         if cluster is not None:
-            cluster.close(timeout=5)
+            with suppress(TimeoutError):  # on a busy machine; what is done is done
+                cluster.close(timeout=5)
 
 
 def _cluster(workers: int, gpus: bool):

@@ -108,7 +108,8 @@ def _scores(found: Collected, scores: dict[str, Any], main: list[str], beside: P
             charts.grouped_bars(values, main, beside / f"figure5-{kind}.png")
             named = {v: {kind: {part: each[v]["mean"] for part, each in values.items() if v in each}} for v in main}
             drawn = {charts.name_of(v): each for v, each in named.items()}
-            wide.append(page.bars(drawn, kind, f"As in Figure 5: GQA by {kind} type"))
+            colours = [charts.colour_of(v, main) for v in named]
+            wide.append(page.bars(drawn, kind, f"As in Figure 5: GQA by {kind} type", colours))
     for benchmark, title in (("vqav2", "VQAv2 by answer type"), ("oc", "Object counting by the true count")):
         chosen = sorted({part for r in found.results for part in r["scores"].get(benchmark, {}).get("parts", {})})
         if values := charts.by_part(found.results, benchmark, chosen, main):
