@@ -67,6 +67,7 @@ def run_demo(
     report["total_seconds"] = time.perf_counter() - began
     publish.write_json(out / "demo.json", report)
     _show(out, report)
+    command(["report", str(out), "--out", str(out / "report.html")])
     return report
 
 
