@@ -1,6 +1,7 @@
 """Ratios measured side by side in one run: start-up, memory of an extraction, and reading shuffled rows.
 
-python -m benchmarks [start] [memory] [reader] [extraction] [plan] [step] [fed] [scoring] [queries] [online] [--json FILE]
+python -m benchmarks [start] [memory] [reader] [scale] [extraction] [plan] [step] [fed] [scoring] [queries] [online]
+    [--json FILE]
 """
 
 import json
@@ -14,6 +15,7 @@ from pathlib import Path
 from benchmarks.extraction import extraction, planned
 from benchmarks.fed import fed
 from benchmarks.reader import reader
+from benchmarks.scale import scale
 from benchmarks.scoring import queries, scoring
 from xformer.console import say, table
 
@@ -97,8 +99,8 @@ def online() -> dict:
 
 
 PARTS = {
-    "start": start, "memory": memory, "reader": reader, "extraction": extraction, "plan": planned, "step": step,
-    "fed": fed, "scoring": scoring, "queries": queries, "online": online,
+    "start": start, "memory": memory, "reader": reader, "scale": scale, "extraction": extraction, "plan": planned,
+    "step": step, "fed": fed, "scoring": scoring, "queries": queries, "online": online,
 }  # fmt: skip
 
 

@@ -29,7 +29,9 @@ def contact_sheet(path: Path, ids: list[str], count: int, out: Path) -> list[str
     arrays = {n: opened.array(n) for n in names if not opened.array(n).missing_shards}
     if not arrays:
         raise StoreError(f"{path} has no finished array to show.")
-    dead = set().union(*(array.dead for array in arrays.values())) | {d["row"] for d in opened.index.dead()}
+    dead = set().union(*(array.dead_rows.tolist() for array in arrays.values())) | {
+        d["row"] for d in opened.index.dead()
+    }
     usable = np.array([row for row in range(opened.index.count) if row not in dead])
     spread = np.linspace(0, len(usable) - 1, min(count, len(usable))).astype(int)
     rows = rows_of(path, ids) if ids else usable[spread]

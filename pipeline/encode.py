@@ -14,10 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import images, int8, masks, store
+from pipeline import images, int8, masks, places, store
 from pipeline.corpora import read_image
 from pipeline.index import Index
-from xformer import publish
 from xformer.settings import Settings
 
 FP16_MAX = float(np.finfo(np.float16).max)
@@ -57,8 +56,10 @@ def crashed_file(path: Path) -> Path:
 
 
 def crashed(path: Path) -> dict[int, str]:
-    file = crashed_file(path)
-    return {int(k): v for k, v in json.loads(file.read_text()).items()} if file.is_file() else {}
+    try:
+        return {int(k): v for k, v in json.loads(places.read(crashed_file(path))).items()}
+    except FileNotFoundError:
+        return {}
 
 
 def encode_shard(
@@ -240,4 +241,5 @@ def find_crashers(path: str, shard: int, args: tuple, rows: list[int]) -> list[i
 
 def remember_crashers(path: Path, rows: list[int]) -> None:
     reason = "its image crashes the process that decodes or encodes it"
-    publish.write_json(crashed_file(path), crashed(path) | {row: reason for row in rows})
+    known = crashed(path) | {row: reason for row in rows}
+    places.write(crashed_file(path), (json.dumps(known, indent=2) + "\n").encode())

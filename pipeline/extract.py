@@ -3,12 +3,11 @@
 One task = one whole shard of every array that is still missing there. Rerunning does only what is missing.
 """
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
-from pipeline import cluster, encode, fidelity, images, masks, provenance, store, upkeep
+from pipeline import cluster, encode, fidelity, images, masks, places, provenance, store, upkeep
 from pipeline.corpora import Corpus, open_corpus
 from pipeline.index import Index
 from pipeline.write_index import write_index
@@ -67,7 +66,7 @@ def declare(path: Path, index: Index, kind: str, settings: Settings, whole: bool
     model = encode.encoder(kind, settings.model_dump_json())
     specs = array_specs(kind, settings, whole, model.tokens if kind == "clip" else 0)
     quantised = [name for name, (_, dtype, _) in specs.items() if dtype == "int8"]
-    new = [name for name in quantised if not (path / name / "zarr.json").is_file()]
+    new = [name for name in quantised if not places.exists(path / name / "zarr.json")]
     scales = fidelity.calibrate(index, new, settings, root, force) if new else {}
     for name, (shape, dtype, usage) in specs.items():
         if name.startswith("pixels/"):
@@ -89,7 +88,7 @@ def _view(view: int, settings: Settings) -> dict:
 
 def plan_index(path: Path, corpus: Corpus, settings: Settings, limit: int | None) -> Index:
     """Makes the index, or opens the one that is there. Raises StoreError where it belongs to another corpus."""
-    if (path / "index" / "index.json").is_file():
+    if places.exists(path / "index" / "index.json"):
         index = Index(path / "index")
         have = index.description["corpus"]
         want = {
@@ -99,12 +98,11 @@ def plan_index(path: Path, corpus: Corpus, settings: Settings, limit: int | None
         if difference := store.first_difference(have, want):
             raise StoreError(f"{path} was planned for another corpus: {difference}; give another --store.")
         return index
-    import zarr
-
-    zarr.open_group(path, mode="a", zarr_format=3, attributes={"xformer_schema": store.SCHEMA})
-    shutil.rmtree(path / "index", ignore_errors=True)  # of a planning that did not finish; nothing refers to it yet
-    say(f"planning {path}: reading every image once")
-    write_index(path / "index", corpus, settings.store.shard_rows, settings.corpus.val_fraction, limit)
+    store.create_group(path)
+    places.remove_folder(path / "index")  # of a planning that did not finish; nothing refers to it yet
+    say(f"planning {places.shown(path)}: reading every image once")
+    with places.built_here(path, "index", last="index.json") as here:
+        write_index(here / "index", corpus, settings.store.shard_rows, settings.corpus.val_fraction, limit)
     return Index(path / "index")
 
 
@@ -131,7 +129,7 @@ def extract(
     Raises: CorpusError, StoreError, WeightsError.
     """
     started = time.perf_counter()
-    report: dict[str, Any] = {"store": str(path), "corpus": str(corpus.root), "encoders": {}}
+    report: dict[str, Any] = {"store": places.shown(path), "corpus": str(corpus.root), "encoders": {}}
     with store.owner(path):
         index = plan_index(path, corpus, settings, limit)
         planned_dead = index.description["dead"]
@@ -158,7 +156,7 @@ def extract(
         rows = sum(index.bounds(s)[1] - index.bounds(s)[0] for s in todo)
         forward = 0.0
         with progress(f"extract {' + '.join(kinds)}", rows, "images") as bar:
-            job = cluster.Job(str(path.resolve()), settings.model_dump_json(), str(corpus.root.resolve()), gpus)
+            job = cluster.Job(str(places.absolute(path)), settings.model_dump_json(), str(corpus.root.resolve()), gpus)
             run = cluster.run_here if in_process else cluster.run_on_dask
             for result in run(job, todo, workers or settings.store.workers, scheduler):
                 dead |= {letter["row"]: letter for letter in result["dead"]}

@@ -1,7 +1,8 @@
 """The index of a store: which image is in which row, fixed before any encoder runs and never renumbered.
 
-`index/rows.parquet` holds one record per planned image, one row group per shard; `index/captions.arrow` holds one
+`index/rows.parquet` holds one record per planned image, in row groups of whole shards; `index/captions.arrow` holds one
 record per caption in row order and is memory-mapped, so that a trainer reads captions at random without loading them.
+Of a store in an object store both are copied to the local cache when they are first needed.
 """
 
 import hashlib
@@ -15,6 +16,8 @@ import pyarrow.compute as pc
 import pyarrow.ipc
 import pyarrow.parquet as pq
 
+from pipeline import places
+from pipeline.cache import LocalCache
 from xformer.errors import StoreError
 
 ROWS = pa.schema(
@@ -38,12 +41,14 @@ HASHES = 65536  # images per chunk of the Zarr array of their sha256, which is n
 class Index:
     """Reads an index. Row groups are read one at a time; captions stay on disk."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        marker = folder / "index.json"
-        if not marker.is_file():
-            raise StoreError(f"{folder.parent} has no finished index; run: xformer extract --store {folder.parent}")
-        self.description = json.loads(marker.read_text(encoding="utf-8"))
+    def __init__(self, folder: Path, cache: LocalCache | None = None) -> None:
+        self.folder, self.cache = folder, cache or LocalCache()
+        try:
+            self.description = json.loads(places.read(folder / "index.json"))  # the marker
+        except FileNotFoundError:
+            raise StoreError(
+                f"{folder.parent} has no finished index; run: xformer extract --store {folder.parent}"
+            ) from None
         self.count: int = self.description["images"]
         self.shard_rows: int = self.description["shard_rows"]
         self.shards = -(-self.count // self.shard_rows)
@@ -54,29 +59,61 @@ class Index:
 
     def shard(self, shard: int) -> list[dict]:
         """The records of one shard."""
-        with pq.ParquetFile(self.folder / "rows.parquet") as file:
-            return file.read_row_group(shard).to_pylist()
+        start, stop = self.bounds(shard)
+        with pq.ParquetFile(self._file("rows.parquet")) as file:
+            group = file.metadata.row_group(0).num_rows
+            records = file.read_row_group(start // group)
+        return records.slice(start % group, stop - start).to_pylist()
+
+    def ids(self) -> Iterator[list[str]]:
+        """The ids of each shard in turn."""
+        with pq.ParquetFile(self._file("rows.parquet")) as file:
+            left: list[str] = []
+            for batch in file.iter_batches(batch_size=self.shard_rows, columns=["id"]):
+                left += batch["id"].to_pylist()
+                while len(left) >= self.shard_rows:
+                    yield left[: self.shard_rows]
+                    left = left[self.shard_rows :]
+            if left:
+                yield left
+
+    def _file(self, name: str) -> Path:
+        try:
+            return self.cache.file(self.folder / name, self.description.get("sha256", {}).get(name))
+        except FileNotFoundError as error:
+            raise StoreError(f"{error}; the index is damaged.") from None
 
     def column(self, *names: str) -> pa.Table:
         """Whole columns of the index, as Arrow."""
-        return pq.read_table(self.folder / "rows.parquet", columns=list(names))
+        return pq.read_table(self._file("rows.parquet"), columns=list(names))
 
     def damaged(self) -> list[str]:
         """The index's own files whose bytes are not those that were planned, one line each."""
         said = "its bytes are not those that were planned; restore it from a copy, or extract into a new store"
-        planned = {self.folder / name: digest for name, digest in self.description.get("sha256", {}).items()}
-        return [f"{f}: {said}" for f, digest in planned.items() if not f.is_file() or file_sha256(f) != digest]
+
+        def now(file: Path) -> str:
+            try:
+                return file_sha256(self.cache.file(file))
+            except FileNotFoundError:
+                return ""
+
+        planned = {self.folder / name: want for name, want in self.description.get("sha256", {}).items()}
+        return [f"{file}: {said}" for file, want in planned.items() if now(file) != want]
 
     def dead(self) -> Iterator[dict]:
         """Rows that were dead letters at planning."""
-        for row in self.column("row", "id", "source", "status", "reason").to_pylist():
-            if row["status"] == "dead":
-                yield {key: row[key] for key in ("row", "id", "source", "reason")}
+        if not self.description["dead"]:
+            return
+        with pq.ParquetFile(self._file("rows.parquet")) as file:
+            for batch in file.iter_batches(columns=["row", "id", "source", "status", "reason"]):
+                bad = pc.equal(batch["status"], "dead")  # type: ignore
+                for row in batch.filter(bad).to_pylist():
+                    yield {key: row[key] for key in ("row", "id", "source", "reason")}
 
     def usable(self, split: str) -> np.ndarray:
         """Whether each row belongs to `split` and was readable at planning, bool [rows]; never reads a whole table."""
         found = np.empty(self.count, bool)
-        with pq.ParquetFile(self.folder / "rows.parquet", read_dictionary=["split", "status"]) as file:
+        with pq.ParquetFile(self._file("rows.parquet"), read_dictionary=["split", "status"]) as file:
             row = 0
             for batch in file.iter_batches(batch_size=1 << 16, columns=["split", "status"]):
                 wanted = (pc.equal(batch[name], value) for name, value in (("split", split), ("status", "ok")))  # type: ignore
@@ -86,27 +123,30 @@ class Index:
 
     def id_of(self, row: int) -> str:
         """The sample id of one row; reads one row group."""
-        with pq.ParquetFile(self.folder / "rows.parquet") as file:
-            group = file.read_row_group(row // self.shard_rows, columns=["id"])
-        return group["id"][row % self.shard_rows].as_py()
+        with pq.ParquetFile(self._file("rows.parquet")) as file:
+            group = file.metadata.row_group(0).num_rows
+            return file.read_row_group(row // group, columns=["id"])["id"][row % group].as_py()
 
     def image_keys(self, rows: np.ndarray) -> np.ndarray:
         """A number for each image, int64: the first bytes of its sha256, so the same picture has the same in every store."""
         found = np.empty(len(rows), np.int64)
         for part in np.unique(rows // HASHES):
             at = rows // HASHES == part
-            hashes = np.memmap(self.folder / "c" / str(part) / "0", np.uint8, "r").reshape(-1, 32)
+            hashes = np.memmap(self._file(f"c/{part}/0"), np.uint8, "r").reshape(-1, 32)
             found[at] = np.ascontiguousarray(hashes[rows[at] % HASHES, :8]).view("<i8")[:, 0]
         return found
 
     def captions(self) -> tuple[np.ndarray, "Captions"]:
         """The row of every caption (int32, int64 from 2^31 rows on, [captions]) and the captions, memory-mapped."""
-        with pa.memory_map(str(self.folder / "captions.arrow")) as source:
+        with pa.memory_map(str(self._file("captions.arrow"))) as source:
             table = pa.ipc.open_file(source).read_all()
-        rows, at = np.empty(len(table), np.int32 if self.count < 2**31 else np.int64), 0
-        for chunk in table["row"].chunks:
-            rows[at : at + len(chunk)] = chunk.to_numpy()
-            at += len(chunk)
+        kind = np.int32 if self.count < 2**31 else np.int64
+        rows, row, place = np.empty(table.num_rows, kind), 0, 0
+        with pq.ParquetFile(self._file("rows.parquet")) as file:  # their counts are small; the captions stay untouched
+            for batch in file.iter_batches(batch_size=1 << 17, columns=["captions"]):
+                part = np.repeat(np.arange(row, row + len(batch), dtype=kind), batch["captions"].to_numpy())
+                rows[place : place + len(part)] = part
+                row, place = row + len(batch), place + len(part)
         return rows, Captions(table["text"])
 
 

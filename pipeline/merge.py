@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pipeline import commits, encode, upkeep
+from pipeline import commits, encode, places, upkeep
 from pipeline.reader import shard_file
 from pipeline.store import FeatureStore, array_names, first_difference, owner
 from xformer import publish
@@ -26,6 +26,8 @@ def merge(target: Path, sources: list[Path]) -> dict[str, Any]:
     Returns shards and bytes copied, shards kept, and what is still missing by array. Raises: StoreError where a source is
     no store, belongs to another corpus or encoder, or holds a damaged shard.
     """
+    if any(places.is_object(place) for place in (target, *sources)):
+        raise StoreError("merge copies between stores of this machine's file systems; copy those of s3:// here first.")
     opened = [FeatureStore(source) for source in sources]
     if any(source.resolve() == target.resolve() for source in sources):
         raise StoreError(f"{target} cannot be merged into itself.")

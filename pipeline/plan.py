@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from pipeline import images
+from pipeline import images, places
 from pipeline.captioned import Row
 from pipeline.corpora import Corpus, open_corpus, read_image
 from pipeline.extract import array_specs, extract
@@ -158,7 +158,8 @@ def plan(
         encoder_rate: FLOP per second of this machine, asked for only where an encoder's weights are missing.
         gpus: probe this machine's CUDA device instead of its CPU.
     """
-    where = next(p for p in store.resolve().parents if p.is_dir())
+    around = [Path.cwd()] if places.is_object(store) else store.resolve().parents
+    where = next(p for p in around if p.is_dir())
     with tempfile.TemporaryDirectory(prefix="xformer-plan-") as folder:
         source = corpus or drawn_corpus(Path(folder))
         counted = count_rows(source, settings)

@@ -5,8 +5,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from pipeline import places
 from pipeline.corpora import Corpus
-from xformer import publish
 from xformer.settings import Settings
 
 LIBRARIES = ("torch", "timm", "transformers", "zarr", "pillow", "numpy")
@@ -14,20 +14,18 @@ LIBRARIES = ("torch", "timm", "transformers", "zarr", "pillow", "numpy")
 
 def record(path: Path, kind: str, corpus: Corpus, settings: Settings, names: list[str]) -> None:
     """Writes STORE/index/made-KIND.json, the newest extraction of one encoder."""
-    publish.write_json(
-        path / "index" / f"made-{kind}.json",
-        {
-            "encoder": kind,
-            "arrays": names,
-            "source": str(corpus.source.resolve()),
-            "images": str(corpus.root.resolve()),
-            "versions": {name: version(name) for name in LIBRARIES},
-            "settings": settings.dump(),
-        },
-    )
+    made = {
+        "encoder": kind,
+        "arrays": names,
+        "source": str(corpus.source.resolve()),
+        "images": str(corpus.root.resolve()),
+        "versions": {name: version(name) for name in LIBRARIES},
+        "settings": settings.dump(),
+    }
+    places.write(path / "index" / f"made-{kind}.json", (json.dumps(made, indent=2) + "\n").encode())
 
 
 def read(path: Path) -> dict[str, dict[str, Any]]:
     """What is known of each encoder's newest extraction, by encoder."""
-    files = sorted((path / "index").glob("made-*.json"))
-    return {file.stem.removeprefix("made-"): json.loads(file.read_text(encoding="utf-8")) for file in files}
+    files = [name for name in places.children(path / "index")[0] if name.startswith("made-") and name.endswith(".json")]
+    return {name[len("made-") : -len(".json")]: json.loads(places.read(path / "index" / name)) for name in files}

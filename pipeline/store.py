@@ -4,9 +4,10 @@
     store.zarr/<array>/zarr.json                                e.g. clip/5/tokens, mae/draw-0/tokens, mae/draw-0/kept
     store.zarr/<array>/c/<shard>/...                            one shard = one unit of work, written once, whole
     store.zarr/<array>/commits/<shard>.json                     published last; readers see committed rows only;
-                               sealed.json                      folded into one file when the array is finished
+                               sealed.parquet                   folded into one file when the array is finished
 
-Inner chunk = one image, stored as raw bytes + crc32c. A missing row is an error, never zeros.
+Inner chunk = one image, stored as raw bytes + crc32c. A missing row is an error, never zeros. A store lies in a folder
+or, with the same files as objects, under s3://bucket/prefix (pipeline/places.py).
 """
 
 import hashlib
@@ -16,19 +17,26 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import zarr
 from zarr.codecs import Crc32cCodec
+from zarr.storage import MemoryStore
 
+from pipeline import objects, places
+from pipeline.cache import LocalCache
 from pipeline.commits import commit_file, committed
 from pipeline.index import Index, ids_sha256
-from pipeline.reader import MISSING, FeatureArray, shard_file
+from pipeline.places import absolute
+from pipeline.reader import MISSING, FeatureArray, array_metadata, shard_file
 from xformer import publish
 from xformer.errors import StoreError
 
 SCHEMA = 1
 
-__all__ = ["MISSING", "FeatureArray", "FeatureStore", "commit_file", "committed", "shard_file"]
+__all__ = [
+    "MISSING", "FeatureArray", "FeatureStore", "LocalCache", "absolute", "commit_file", "committed", "shard_file",
+]  # fmt: skip
 
 
 def fingerprint(identity: dict[str, Any]) -> str:
@@ -56,10 +64,15 @@ def first_misfit(trained: dict[str, Any], found: dict[str, Any]) -> str | None:
 
 @contextmanager
 def owner(store: Path) -> Iterator[None]:
-    """One writer per store, machine-wide. Raises StoreError at once where another one is at work."""
+    """One writer per store: a lock on this machine, in an object store a lease.
+
+    Raises StoreError at once where another one is at work.
+    """
     with ExitStack() as held:
         try:
-            mine = held.enter_context(publish.exclusive(store.parent / f".{store.name}.lock"))
+            lock = store.parent / f".{store.name}.lock"
+            guard = objects.lease(store) if places.is_object(store) else publish.exclusive(lock)
+            mine = held.enter_context(guard)
         except OSError as error:
             raise StoreError(f"{store} cannot be written: {error.strerror}.") from None
         if not mine:
@@ -81,19 +94,18 @@ def create_array(
 
     Raises: StoreError where it exists and was made in another way; the field that differs is named.
     """
-    if not store.exists() or not (store / "zarr.json").exists():
-        zarr.open_group(store, mode="a", zarr_format=3, attributes={"xformer_schema": SCHEMA})
-    if (store / name / "zarr.json").is_file():
-        attributes = dict(zarr.open_array(store, path=name, mode="r").attrs)
+    create_group(store)
+    if have := attributes(store, name):
         for part, want in (("identity", identity), ("usage", usage)):
-            if difference := first_difference(attributes.get(part, {}), json.loads(json.dumps(want))):  # type: ignore
+            if difference := first_difference(have.get(part, {}), json.loads(json.dumps(want))):
                 raise StoreError(
                     f"{store}: {name} was made in another way: {difference}; give another --store, or the settings it "
                     "was made with."
                 )
         return False
+    files: dict[str, Any] = {}
     zarr.create_array(
-        store,
+        MemoryStore(files),
         name=name,
         shape=(index.count, *shape),
         chunks=(1, *shape),
@@ -102,9 +114,45 @@ def create_array(
         compressors=[Crc32cCodec()],
         fill_value=float("nan") if dtype.startswith("float") else 0,
         attributes={"identity": identity, "usage": usage, "fingerprint": fingerprint(identity), **(more or {})},
-        config={"write_empty_chunks": True},
     )
+    _write_metadata(store, files)
     return True
+
+
+def create_group(store: Path) -> None:
+    """The store's root group, unless it is there."""
+    if not places.exists(store / "zarr.json"):
+        files: dict[str, Any] = {}
+        zarr.create_group(MemoryStore(files), zarr_format=3, attributes={"xformer_schema": SCHEMA})
+        _write_metadata(store, files)
+
+
+def _write_metadata(store: Path, files: dict[str, Any]) -> None:
+    """Writes zarr.json files that Zarr made in memory, outer groups first, each unless it is there."""
+    for key in sorted(files, key=len):
+        if not places.exists(store / key):
+            places.write(store / key, files[key].to_bytes())
+
+
+def shard_bytes(block: np.ndarray, shard_rows: int) -> memoryview:
+    """A Zarr v3 shard (sharding_indexed, index at the end) of inner chunks of one row each, raw bytes + crc32c.
+
+    Written here and not through Zarr so that a shard is one buffer: hashed, written or uploaded as it is.
+    """
+    rows, size = len(block), block[:1].nbytes
+    table = np.full((shard_rows, 2), MISSING, "<u8")  # rows after the array's end are not stored
+    table[:rows, 0], table[:rows, 1] = np.arange(rows) * (size + 4), size + 4
+    shard = np.empty(rows * (size + 4) + table.nbytes + 4, np.uint8)
+    body = shard[: rows * (size + 4)].reshape(rows, size + 4)
+    body[:, :size] = np.ascontiguousarray(block).reshape(rows, -1).view(np.uint8)
+    for row in body:
+        row[size:] = _crc32c(row[:size])
+    shard[body.size : -4], shard[-4:] = table.reshape(-1).view(np.uint8), _crc32c(table.reshape(-1).view(np.uint8))
+    return shard.data
+
+
+def _crc32c(content: np.ndarray) -> np.ndarray:
+    return np.array([google_crc32c.value(content)], "<u4").view(np.uint8)  # type: ignore[arg-type]
 
 
 def write_shard(
@@ -124,54 +172,61 @@ def write_shard(
 
     Raises: StoreError for a wrong shape or dtype, or a row with a value that is not finite and no dead letter.
     """
-    array = zarr.open_array(store, path=name, mode="r+", config={"write_empty_chunks": True})
+    shape, dtype, about = array_metadata(store, name)
     start, stop = index.bounds(shard)
-    if block.shape != (stop - start, *array.shape[1:]) or block.dtype != array.dtype or len(ids) != stop - start:
-        raise StoreError(f"{name} shard {shard}: {block.dtype} {block.shape} does not fit {array.dtype} {array.shape}.")
+    if block.shape != (stop - start, *shape[1:]) or block.dtype != dtype or len(ids) != stop - start:
+        raise StoreError(f"{name} shard {shard}: {block.dtype} {block.shape} does not fit {dtype} {shape}.")
     if block.dtype.kind == "f":
         alive = np.setdiff1d(np.arange(start, stop), [d["row"] for d in dead]) - start
         for row in alive:
             if not np.isfinite(block[row]).all():
                 raise StoreError(f"{name} row {start + row}: a value is not finite and the row is not a dead letter.")
-    array[start:stop] = block
-    file = shard_file(store, name, shard, block.ndim)
-    publish.fsync_path(file)
-    content = file.read_bytes()
+    content = shard_bytes(block, index.shard_rows)
+    places.write(shard_file(store, name, shard, block.ndim), content)
     record = {
         "shard": shard,
         "rows": [start, stop],
         "ids_sha256": ids_sha256(ids),
         "bytes": len(content),
         "sha256": hashlib.sha256(content).hexdigest(),
-        "fingerprint": array.attrs["fingerprint"],
+        "fingerprint": about["fingerprint"],
         "seconds": round(seconds, 3),
         "dead": dead,
     }
-    publish.write_exclusive(commit_file(store, name, shard), (json.dumps(record) + "\n").encode())
+    places.write_exclusive(commit_file(store, name, shard), (json.dumps(record) + "\n").encode())
 
 
 def attributes(store: Path, name: str) -> dict[str, Any]:
     """The attributes of an array, read from its zarr.json; {} where there is no such array."""
-    file = store / name / "zarr.json"
-    return json.loads(file.read_text(encoding="utf-8"))["attributes"] if file.is_file() else {}
+    try:
+        return array_metadata(store, name)[2]
+    except FileNotFoundError:
+        return {}
 
 
 class FeatureStore:
-    """Opens a store for reading. Raises StoreError where there is none, or a newer one than this program knows."""
+    """Opens a store for reading. Raises StoreError where there is none, or a newer one than this program knows.
 
-    def __init__(self, path: Path) -> None:
-        if not (path / "zarr.json").is_file():
-            raise StoreError(f"{path} is no feature store; make one with: xformer extract --store {path}")
-        schema = zarr.open_group(path, mode="r").attrs.get("xformer_schema")
+    Args:
+        cache: where rows of an object store are kept; a local store needs none.
+    """
+
+    def __init__(self, path: Path, cache: LocalCache | None = None) -> None:
+        self.cache = cache or LocalCache()
+        try:
+            schema = json.loads(places.read(path / "zarr.json"))["attributes"].get("xformer_schema")
+        except (FileNotFoundError, NotADirectoryError):
+            raise StoreError(f"{path} is no feature store; make one with: xformer extract --store {path}") from None
         if schema != SCHEMA:
             raise StoreError(f"{path} has schema {schema}; this program reads schema {SCHEMA}: upgrade xformer.")
-        self.path, self.index = path, Index(path / "index")
+        self.path, self.index = path, Index(path / "index", self.cache)
 
     def array(self, name: str) -> FeatureArray:
-        if not (self.path / name / "zarr.json").is_file():
-            have = ", ".join(array_names(self.path)) or "nothing yet"
-            raise StoreError(f"{self.path} has no array {name} (it holds {have}); extract it first.")
-        return FeatureArray(self.path, name, self.index)
+        try:
+            return FeatureArray(self.path, name, self.index, self.cache)
+        except FileNotFoundError:
+            have = ", ".join(self.names()) or "nothing yet"
+            raise StoreError(f"{self.path} has no array {name} (it holds {have}); extract it first.") from None
 
     def complete(self, name: str) -> FeatureArray:
         """An array with every shard committed. Raises StoreError where some are missing."""
@@ -189,11 +244,16 @@ class FeatureStore:
 
 def array_names(store: Path) -> list[str]:
     """The feature arrays of a store, by name; the index is not one."""
-    return sorted(
-        file.parent.relative_to(store).as_posix()
-        for file in store.rglob("zarr.json")
-        if file.parent.name != "index" and json.loads(file.read_text(encoding="utf-8")).get("node_type") == "array"
-    )
+
+    def below(folder: Path) -> Iterator[str]:  # stops at an array: below it are thousands of shards
+        files, folders = places.children(folder)
+        if "zarr.json" in files and json.loads(places.read(folder / "zarr.json")).get("node_type") == "array":
+            yield folder.relative_to(store).as_posix()
+        else:
+            for name in folders:
+                yield from below(folder / name) if folder / name != store / "index" else ()
+
+    return sorted(below(store))
 
 
 def describe(store: Path) -> dict[str, Any]:
@@ -213,4 +273,4 @@ def describe(store: Path) -> dict[str, Any]:
         }
         for record in records.values():
             dead |= {d["row"]: d for d in record["dead"]}
-    return {"store": str(store), **opened.index.description, "dead": list(dead.values()), "arrays": arrays}
+    return {"store": places.shown(store), **opened.index.description, "dead": list(dead.values()), "arrays": arrays}

@@ -2,18 +2,16 @@
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 
-from pipeline import commits, provenance
+from pipeline import commits, places, provenance
 from pipeline.commits import committed
 from pipeline.encode import crashed_file
 from pipeline.index import ids_sha256
-from pipeline.reader import shard_file
+from pipeline.reader import array_metadata, shard_file
 from pipeline.store import FeatureStore, array_names, describe, owner
 from xformer.errors import StoreError
 
@@ -27,18 +25,21 @@ def verify(store: Path, repair: bool = False) -> list[str]:
     opened, problems = FeatureStore(store), []
     if damaged := opened.index.damaged():
         raise StoreError("; ".join(damaged))
-    ids = {s: ids_sha256([r["id"] for r in opened.index.shard(s)]) for s in range(opened.index.shards)}
+    ids = dict(enumerate(map(ids_sha256, opened.index.ids())))
     for name in opened.names():
-        array, bad = zarr.open_array(store, path=name, mode="r"), set()
+        (shape, _, about), bad = array_metadata(store, name), set()
         for shard, record in sorted(committed(store, name).items()):
-            file = shard_file(store, name, shard, len(array.shape))
-            content = file.read_bytes() if file.is_file() else b""
+            file = shard_file(store, name, shard, len(shape))
+            try:
+                content = places.read(file)
+            except FileNotFoundError:
+                content = b""
             wrong = ""
             if len(content) != record["bytes"] or hashlib.sha256(content).hexdigest() != record["sha256"]:
                 wrong = f"{len(content)} bytes do not match their commit record"
             elif record["ids_sha256"] != ids.get(shard) or record["rows"] != list(opened.index.bounds(shard)):
                 wrong = "its commit record is of other rows than the index"
-            elif record["fingerprint"] != array.attrs["fingerprint"]:
+            elif record["fingerprint"] != about["fingerprint"]:
                 wrong = "it was made by another encoder than the array says"
             if wrong:
                 problems.append(f"{file}: {wrong}")
@@ -47,7 +48,7 @@ def verify(store: Path, repair: bool = False) -> list[str]:
             with owner(store):
                 commits.withdraw(store, name, bad)
                 for shard in bad:
-                    shard_file(store, name, shard, len(array.shape)).unlink(missing_ok=True)
+                    places.remove(shard_file(store, name, shard, len(shape)))
     return problems
 
 
@@ -76,7 +77,7 @@ def withdraw_dead(store: Path) -> tuple[int, list[str]]:
     opened, rows, kinds = FeatureStore(store), set(), set()
     planned = {letter["row"] for letter in opened.index.dead()}
     with owner(store):
-        crashed_file(store).unlink(missing_ok=True)
+        places.remove(crashed_file(store))
         for name in opened.names():
             shards = set()
             for shard, record in committed(store, name).items():
@@ -102,20 +103,19 @@ def drop(store: Path, names: list[str]) -> tuple[list[str], int]:
             if not found:
                 raise StoreError(f"{store} holds nothing called {wanted}; it holds {', '.join(opened.names())}.")
             for name in found:
-                freed += sum(f.stat().st_size for f in (store / name).rglob("*") if f.is_file())
-                commits_folder = store / name / "commits"
-                shutil.rmtree(commits_folder, ignore_errors=True)  # first: a half-removed array has no readable row
-                shutil.rmtree(store / name)
+                freed += sum(places.walk(store / name).values())
+                places.remove_folder(store / name / "commits")  # first: a half-removed array has no readable row
+                places.remove_folder(store / name)
                 gone.append(name)
         for name in array_names(store):
-            ndim = len(zarr.open_array(store, path=name, mode="r").shape)
+            ndim = len(array_metadata(store, name)[0])
             keep = {shard_file(store, name, shard, ndim) for shard in committed(store, name)}
-            for file in [f for part in ("c", "commits") for f in (store / name / part).rglob("*") if f.is_file()]:
+            for file, size in (places.walk(store / name / "c") | places.walk(store / name / "commits")).items():
                 leftover = file not in keep if file.is_relative_to(store / name / "c") else file.name.startswith(".")
                 if leftover:
-                    freed += file.stat().st_size
+                    freed += size
                     gone.append(file.relative_to(store).as_posix())
-                    file.unlink()
+                    places.remove(file)
     return gone, freed
 
 

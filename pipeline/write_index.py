@@ -20,6 +20,7 @@ from xformer import publish
 from xformer.errors import CorpusError
 
 CAPTION_BATCH = 16384
+ROW_GROUP = 16384  # about so many rows, in whole shards: Parquet's footer lists every group
 
 
 def split_of(row: Row, val_fraction: float) -> str:
@@ -74,7 +75,7 @@ def write_index(
                 counts["captions"] += len(texts)
                 counts["dead"] += record["status"] == "dead"
                 counts[record["split"]] += 1
-                if len(rows) == shard_rows:
+                if len(rows) == shard_rows * max(1, ROW_GROUP // shard_rows):
                     rows_file.write_table(pa.Table.from_pylist(rows, ROWS))
                     rows.clear()
                 if len(captions) >= CAPTION_BATCH:

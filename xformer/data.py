@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from pipeline.store import FeatureArray, FeatureStore, first_difference
+from pipeline.store import FeatureArray, FeatureStore, LocalCache, first_difference
 from xformer.errors import StoreError
 from xformer.local import Phase, local_tokens, mask_ratio
 from xformer.model import Batch
@@ -38,7 +38,8 @@ class Cache:
     """
 
     def __init__(self, path: Path, settings: Settings, model: str, pixels: bool, phase: Phase = "stage1") -> None:
-        self.store = FeatureStore(path)
+        folder = Path(settings.store.cache_dir) if settings.store.cache_dir else None
+        self.store = FeatureStore(path, LocalCache(folder, settings.store.cache_bytes))
         layer = settings.clip.layers[0]
         self.clip = self._open(f"clip/{layer}/tokens")
         self.mae: list[FeatureArray] = []
@@ -61,7 +62,7 @@ class Cache:
         elif self.local == "clip":
             self.mae = [self._open(f"clip/{settings.local.layer}/tokens")]
         arrays = [*self.clips.values(), *self.mae, *self.kept, *self.pixels.values()]
-        self.dead = {row for array in arrays for row in array.dead}
+        self.dead = {row for array in arrays for row in array.dead_rows.tolist()}
         self.patches = (settings.image_size // settings.mae.patch) ** 2
 
     def _open(self, name: str) -> FeatureArray:

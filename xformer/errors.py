@@ -1,5 +1,7 @@
 """The errors that a user can cause. The command line prints their one sentence and exits with their code."""
 
+import re
+
 
 class UserError(Exception):
     """Something outside the program must change; the message says what is wrong, where, and what to do."""
@@ -17,6 +19,9 @@ class CorpusError(UserError):
 
 class StoreError(UserError):
     """A feature store is missing, damaged, incomplete, or made in another way than is asked for."""
+
+    def __str__(self) -> str:
+        return re.sub(r"\bs3:/(?!/)", "s3://", super().__str__())  # pathlib folds a URL's slashes
 
 
 class WeightsError(UserError):

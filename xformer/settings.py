@@ -72,6 +72,8 @@ class Store(Section):
     view_seed: Whole
     dtype: Literal["fp16", "int8"]
     int8_max_rmse: Share
+    cache_dir: str | None
+    cache_bytes: Count
 
 
 class Data(Section):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.store import absolute
 from xformer import checkpoint
 from xformer.console import say
 from xformer.data import Cache, Pairs
@@ -67,7 +68,7 @@ def _describe(settings: Settings, model: str, stage: int, train: Pairs, draws: i
         "stage": stage,
         "model": model,
         "settings": settings.dump(),
-        "features": [str(cache.store.path.resolve()) for cache in train.caches],
+        "features": [str(absolute(cache.store.path)) for cache in train.caches],
         "stores": [cache.store.index.description for cache in train.caches],
         "pairs": train.sizes,
         "identities": train.caches[0].identities(),

@@ -31,7 +31,7 @@ def test_repair_makes_exactly_the_damaged_shard_again(features: Path, tmp_path: 
 
 def test_records_of_a_finished_array_are_sealed_and_can_be_withdrawn(features: Path, tmp_path: Path) -> None:
     path, name = Path(shutil.copytree(features, tmp_path / "s.zarr")), "clip/5/tokens"
-    assert sorted(p.name for p in (path / name / "commits").iterdir()) == ["sealed.json"]
+    assert sorted(p.name for p in (path / name / "commits").iterdir()) == ["sealed.parquet"]
     before = commits.committed(path, name)
     assert sorted(before) == [0, 1, 2, 3]
     commits.withdraw(path, name, {2})
