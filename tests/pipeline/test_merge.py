@@ -30,7 +30,7 @@ def test_partial_stores_become_the_store_of_one_extraction(
     assert store.FeatureStore(out).array("mae/draw-0/tokens").missing_shards == [1, 2]
     main(["store", "merge", str(out), str(tmp_path / "b.zarr")])
     assert upkeep.verify(out) == [] and shards(out) == shards(features)
-    assert all((out / name / "commits/sealed.json").is_file() for name in store.array_names(out))
+    assert all((out / name / "commits/sealed.parquet").is_file() for name in store.array_names(out))
     assert extract_again(out) == 0 and shards(out) == shards(features)
     again = merge(out, [tmp_path / "a.zarr", tmp_path / "b.zarr"])
     assert again["copied"] == 0 and again["missing"] == {}

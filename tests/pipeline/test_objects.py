@@ -187,13 +187,13 @@ def test_the_cache_keeps_its_budget_and_evicts_what_was_opened_longest_ago(
     remote: Path, features: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(cache, "WHOLE", 1000)
-    kept, want = LocalCache(tmp_path / "kept", budget=300_000), FeatureStore(features).complete(NAME)
+    kept, want = LocalCache(tmp_path / "kept", budget=120_000), FeatureStore(features).complete(NAME)
     array, rows = FeatureStore(remote, kept).complete(NAME), np.arange(128)
     for _ in range(2):
         for part in np.split(rows, 16):
             np.testing.assert_array_equal(array.read(part), want.read(part))
             used = sum(f.stat().st_blocks * 512 for f in (tmp_path / "kept/shards").iterdir())
-            assert used <= 300_000 + 8 * 4096  # a file system counts in blocks
+            assert used <= 120_000 + 8 * 4096  # a file system counts in blocks
     newest = {array._shard(3)[2].name, array._shard(2)[2].name}
     assert newest <= {f.name for f in (tmp_path / "kept/shards").iterdir()} and len(newest) == 2
 
