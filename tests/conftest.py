@@ -9,6 +9,14 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 
+@pytest.fixture(autouse=True)
+def spoken() -> None:
+    """What a test before this one silenced speaks again: --quiet is the state of a process."""
+    from xformer.console import set_quiet
+
+    set_quiet(False)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A shapes corpus of 96 training and 32 validation pictures."""
