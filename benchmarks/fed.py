@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import zarr
 
 from benchmarks.step import BEGIN, VOCABULARY
 from benchmarks.step import build as build_wide
 from pipeline.captioned import Row
 from pipeline.corpora import Corpus
 from pipeline.index import Index
-from pipeline.store import create_array, write_shard
+from pipeline.store import SCHEMA, create_array, write_shard
 from pipeline.write_index import write_index
 from xformer.console import table
 from xformer.data import Cache, Pairs
@@ -42,11 +43,13 @@ def make_store(path: Path, settings: Settings) -> None:
     for name in names:
         (pictures / name).write_bytes(name.encode())
     rows = [Row(name, name, (CAPTION,), "train") for name in names]
+    zarr.open_group(path, mode="a", zarr_format=3, attributes={"xformer_schema": SCHEMA})
     write_index(path / "index", Corpus("made up", pictures, pictures, "0", lambda: iter(rows)), SHARD, 0.0, None)
     index, draw = Index(path / "index"), np.random.default_rng(0)
     side, patches = settings.image_size, (settings.image_size // settings.mae.patch) ** 2
     cells = (side // (14 if side == 224 else 16)) ** 2
-    visible, usage = patches // 4, {"view": 0, "mask_ratio": 0.75}
+    visible, usage = patches // 4, {"view": 0, "crop": "resize", "mask_ratio": 0.75, "draw": 0}
+    usage["mask_seed"] = settings.mae.mask_seed
     arrays = {
         f"clip/{settings.clip.layers[0]}/tokens": ((cells + 1, settings.clip.width), "float16"),
         "mae/draw-0/tokens": ((visible + 1, settings.mae.width), "float16"),
