@@ -68,6 +68,7 @@ def killed_runs(store: Path, kills: int, steps: int, small: list[str], tmp_path:
                     break
                 time.sleep(0.002)
             time.sleep(draw.uniform(0, 0.1))
+            assert child.poll() in (None, 0), "the run failed by itself"
             done += child.poll() is None
             child.kill()
             child.wait()
