@@ -56,6 +56,9 @@ class Loop:
             )
         except ValueError as error:
             raise SettingsError(f"train.precision={recipe.precision} does not work on this machine: {error}") from None
+        if self.accelerator.device.type == "cpu":  # else threads add the gradients of gathered rows in any order
+            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         world, parts = self.accelerator.num_processes, recipe.accumulate
         if recipe.batch > len(pairs):
             raise SettingsError(f"train.batch is {recipe.batch:,} and there are {len(pairs):,} pairs; make it smaller.")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import store
+from pipeline import commits, store
 from tests.faults.report import line
 from xformer import checkpoint
 from xformer.data import Cache
@@ -27,8 +27,10 @@ def rewrite(path: Path, name: str, part: str, field: str) -> None:
     attributes[part][field] = changed(attributes[part][field])
     before, attributes["fingerprint"] = attributes["fingerprint"], store.fingerprint(attributes["identity"])
     file.write_text(json.dumps(content))
-    for record in (path / name / "commits").glob("*.json"):
-        record.write_text(record.read_text().replace(before, attributes["fingerprint"]))
+    records = commits.committed(path, name)
+    assert {record["fingerprint"] for record in records.values()} == {before}
+    renamed = {shard: record | {"fingerprint": attributes["fingerprint"]} for shard, record in records.items()}
+    commits._write(path, name, renamed)
 
 
 def test_every_identity_field_changed_once_is_named(

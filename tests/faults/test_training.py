@@ -75,7 +75,8 @@ def killed_runs(store: Path, kills: int, steps: int, small: list[str], tmp_path:
         else:
             assert child.wait(600) == 0
     alone = tmp_path / "alone"
-    train_stage1([store], alone, load_settings(overrides=overrides), "xformer", resume=False)
+    words = [sys.executable, "-c", TRAIN, str(store), str(alone), json.dumps(overrides), "no"]
+    subprocess.run(words, env=environment, cwd=tmp_path, check=True)  # with as many threads as the others
     assert fed(run) == fed(alone) and len(fed(run)) == steps
     one, other = weights(run), weights(alone)
     assert set(one) == set(other) and all(torch.equal(one[k], other[k]) for k in one)

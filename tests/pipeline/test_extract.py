@@ -22,10 +22,9 @@ from xformer.settings import Settings, load_settings
 
 
 def shards(path: Path) -> dict[str, str]:
-    """The sha256 of every shard file."""
-    files = sorted(p for p in path.rglob("c/*") if p.is_file()) + sorted(
-        p for p in path.rglob("c/*/**/*") if p.is_file()
-    )
+    """The sha256 of every shard file; what a killed write left under a name with a dot is none, `store gc` removes it."""
+    found = {*path.rglob("c/*"), *path.rglob("c/*/**/*")}
+    files = sorted(p for p in found if p.is_file() and not p.name.startswith("."))
     return {p.relative_to(path).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
