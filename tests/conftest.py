@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch: runs are compared bit for bit, whatever a test before has set
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 

@@ -1,7 +1,7 @@
 """Runs of an ablation side by side on Dask workers: one per GPU, or several processes of this machine.
 
-Tested with processes on one CPU machine; the GPU path is the same code with one CUDA device per worker, and has not run
-on several GPUs yet.
+A slow test runs two processes on one CPU machine; the GPU path is the same code with one CUDA device per worker, and has
+not run on several GPUs yet.
 """
 
 import logging
