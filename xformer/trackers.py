@@ -39,7 +39,7 @@ def _wandb(folder: Path) -> Any:
     from accelerate.tracking import WandBTracker
 
     os.environ.setdefault("WANDB_SILENT", "true")
-    import wandb
+    import wandb  # pyright: ignore[reportMissingImports]  (an extra)
 
     mode: Any = os.environ.get("WANDB_MODE", "offline")
     settings = wandb.Settings(init_timeout=WAIT)
@@ -51,7 +51,7 @@ def _mlflow(folder: Path) -> Any:
 
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", str(WAIT))
-    import mlflow
+    import mlflow  # pyright: ignore[reportMissingImports]  (an extra)
 
     if "MLFLOW_TRACKING_URI" not in os.environ:  # plain files in the run, as TensorBoard's; no database to run
         os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
