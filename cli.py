@@ -264,26 +264,31 @@ def store_info(
 def store_verify(
     store: Annotated[Path, typer.Argument()],
     repair: Annotated[bool, typer.Option("--repair", help="Redo exactly the damaged shards.")] = False,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Compare every byte of every committed shard with its record."""
     _settings("tiny", None, None, None, quiet)
+    from pipeline.places import shown
     from pipeline.upkeep import verify
+    from xformer import publish
     from xformer.console import say
     from xformer.errors import StoreError
 
-    problems = verify(store, repair)
+    problems, repaired, name = verify(store, repair), [], shown(store)
     if problems and repair:
         from pipeline.extract import extract_again
 
         extract_again(store)
         repaired, problems = problems, verify(store)
-        say(f"{store}: {len(repaired)} damaged shards made again")
+        say(f"{name}: {len(repaired)} damaged shards made again")
     for problem in problems:
         print(problem, file=sys.stderr)
+    if json_file:
+        publish.write_json(json_file, {"store": name, "damaged": problems, "repaired": repaired})
     if problems:
-        raise StoreError(f"{len(problems)} shards of {store} are damaged; run: xformer store verify {store} --repair")
-    say(f"{store}: every committed shard is intact")
+        raise StoreError(f"{len(problems)} shards of {name} are damaged; run: xformer store verify {name} --repair")
+    say(f"{name}: every committed shard is intact")
 
 
 @store_app.command("show")
@@ -292,14 +297,20 @@ def store_show(
     ids: Annotated[list[str] | None, typer.Option("--id", help="An image id; may be repeated.")] = None,
     rows: Annotated[int, typer.Option(min=1, max=100, help="How many rows, spread over the store.")] = 6,
     out: Annotated[Path, typer.Option(help="A PNG.")] = Path("rows.png"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """A contact sheet of rows: image, masks, and what is cached."""
     _settings("tiny", None, None, None, quiet)
     from pipeline.contact import contact_sheet
+    from pipeline.places import shown
+    from xformer import publish
     from xformer.console import say
 
-    say(f"{', '.join(contact_sheet(store, ids or [], rows, out))} drawn in {out}")
+    drawn = contact_sheet(store, ids or [], rows, out)
+    say(f"{', '.join(drawn)} drawn in {out}")
+    if json_file:
+        publish.write_json(json_file, {"store": shown(store), "ids": drawn, "picture": str(out)})
 
 
 @store_app.command("fidelity")
@@ -316,16 +327,24 @@ def store_fidelity(
 
 
 @store_app.command("retry")
-def store_retry(store: Annotated[Path, typer.Argument()], quiet: Quiet = False) -> None:
+def store_retry(
+    store: Annotated[Path, typer.Argument()],
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
+    quiet: Quiet = False,
+) -> None:
     """Try the images again that became dead letters during extraction."""
     _settings("tiny", None, None, None, quiet)
     from pipeline.extract import extract_again
+    from pipeline.places import shown
     from pipeline.upkeep import withdraw_dead
+    from xformer import publish
     from xformer.console import say
 
     tried, kinds = withdraw_dead(store)
     left = extract_again(store, kinds)
-    say(f"{store}: {tried} rows tried again, {left} dead letters left")
+    say(f"{shown(store)}: {tried} rows tried again, {left} dead letters left")
+    if json_file:
+        publish.write_json(json_file, {"store": shown(store), "tried": tried, "dead": left})
 
 
 @store_app.command("merge")
@@ -353,16 +372,21 @@ def store_merge(
 def store_gc(
     store: Annotated[Path, typer.Argument()],
     drop: Annotated[list[str] | None, typer.Option(help="An array or prefix, e.g. mae/draw-3 or clip/26.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
     quiet: Quiet = False,
 ) -> None:
     """Remove what killed extractions left behind, and with --drop whole encoders, layers or draws."""
     _settings("tiny", None, None, None, quiet)
+    from pipeline.places import shown
     from pipeline.upkeep import drop as run
+    from xformer import publish
     from xformer.console import say
 
     gone, freed = run(store, drop or [])
+    if json_file:
+        publish.write_json(json_file, {"store": shown(store), "removed": gone, "bytes": freed})
     say(
-        f"{store}: {len(gone)} things removed, {freed / 1e6:,.1f} MB free"
+        f"{shown(store)}: {len(gone)} things removed, {freed / 1e6:,.1f} MB free"
         + "".join(f"\n  {name}" for name in gone[:20])
     )
 

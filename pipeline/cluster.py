@@ -86,6 +86,7 @@ def run_on_dask(job: Job, todo: Todo, workers: int, scheduler: str | None) -> It
             try:
                 cluster = LocalCluster(
                     n_workers=workers, threads_per_worker=IN_FLIGHT, host="127.0.0.1", dashboard_address=None,  # type: ignore
+                    scheduler_kwargs={"dashboard_address": "127.0.0.1:0"},  # its HTTP server: any free port
                     silence_logs=logging.CRITICAL, memory_limit=0,
                 )  # fmt: skip
             except RuntimeError as error:

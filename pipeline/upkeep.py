@@ -42,7 +42,7 @@ def verify(store: Path, repair: bool = False) -> list[str]:
             elif record["fingerprint"] != about["fingerprint"]:
                 wrong = "it was made by another encoder than the array says"
             if wrong:
-                problems.append(f"{file}: {wrong}")
+                problems.append(f"{places.shown(file)}: {wrong}")
                 bad.add(shard)
         if bad and repair:
             with owner(store):

@@ -139,7 +139,7 @@ def test_info_verify_and_training_from_it(
     url = "s3://bucket/made/store.zarr"
     main(["store", "info", url, "--json", str(tmp_path / "info.json")])
     main(["store", "verify", url])
-    assert "every committed shard is intact" in capsys.readouterr().out
+    assert f"{url}: every committed shard is intact" in capsys.readouterr().out
     arrays = json.loads((tmp_path / "info.json").read_text())["arrays"]
     assert arrays[NAME]["shards"] == "4/4" and arrays == upkeep.info(features)["arrays"] | {
         name: upkeep.info(features)["arrays"][name] | {"seconds": array["seconds"]} for name, array in arrays.items()

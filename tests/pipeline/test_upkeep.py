@@ -24,7 +24,9 @@ def test_repair_makes_exactly_the_damaged_shard_again(features: Path, tmp_path: 
     file = store.shard_file(path, "clip/5/tokens", 1, 3)
     times = {p: p.stat().st_mtime_ns for p in path.rglob("c/**/*") if p.is_file()}
     file.write_bytes(file.read_bytes()[:-9] + b"damaged!!")
-    main(["store", "verify", str(path), "--repair"])
+    main(["store", "verify", str(path), "--repair", "--json", str(tmp_path / "verify.json")])
+    told = json.loads((tmp_path / "verify.json").read_text())
+    assert told["damaged"] == [] and [line.split(":")[0] for line in told["repaired"]] == [str(file)]
     assert shards(path) == before and upkeep.verify(path) == []
     assert [p for p, t in times.items() if p.stat().st_mtime_ns != t] == [file]
 
@@ -64,14 +66,18 @@ def test_gc_drops_what_is_named_and_what_was_left_behind(features: Path, tmp_pat
     left = path / "clip/5/tokens/c/9"
     left.write_bytes(b"half a shard")
     others = {k: v for k, v in shards(path).items() if "draw-1" not in k and not k.endswith("c/9")}
-    main(["store", "gc", str(path), "--drop", "mae/draw-1"])
+    main(["store", "gc", str(path), "--drop", "mae/draw-1", "--json", str(tmp_path / "gc.json")])
+    told = json.loads((tmp_path / "gc.json").read_text())
+    assert "mae/draw-1/tokens" in told["removed"] and "clip/5/tokens/c/9" in told["removed"] and told["bytes"] > 12
     assert shards(path) == others and not (path / "mae/draw-1/tokens").exists() and upkeep.verify(path) == []
     with pytest.raises(StoreError, match="nothing called mae/draw-7"):
         upkeep.drop(path, ["mae/draw-7"])
 
 
 def test_show_draws_a_picture(features: Path, tmp_path: Path) -> None:
-    main(["store", "show", str(features), "--rows", "3", "--out", str(tmp_path / "rows.png")])
+    told = tmp_path / "rows.json"
+    main(["store", "show", str(features), "--rows", "3", "--out", str(tmp_path / "rows.png"), "--json", str(told)])
+    assert len(json.loads(told.read_text())["ids"]) == 3
     pixels = np.asarray(Image.open(tmp_path / "rows.png").convert("RGB"))
     assert pixels.shape[0] > 300 and pixels.std() > 20
     with pytest.raises(SystemExit):
