@@ -176,9 +176,9 @@ def encode(
             for chosen in _batches(alive, settings.clip.batch):
                 for layer, tokens in clip.encode(seen[chosen], sorted(layers)).items():
                     keep(blocks, layers[layer], chosen, tokens)
-            for name in layers.values():
+            for layer, name in layers.items():
                 if name not in blocks:  # nothing alive here
-                    blocks[name] = np.full((rows, clip.tokens, settings.clip.width), np.nan, np.float16)
+                    blocks[name] = np.full((rows, clip.tokens(layer), settings.clip.width), np.nan, np.float16)
                 yield name, blocks[name]
         for prefix in sorted({n.rpartition("/")[0] for n in mine if n.startswith("mae/")}):
             yield from _encode_mae(settings, settings_json, prefix, seen, alive, ids, gpus, worker, keep)

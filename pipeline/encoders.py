@@ -47,8 +47,6 @@ class ClipEncoder:
         except RuntimeError as error:
             raise WeightsError(f"weights {clip.weights}: {str(error).splitlines()[-1].strip()}") from None
         self.model.eval().requires_grad_(False).to(self.device)
-        only_global = clip.tokens == "global"
-        self.tokens: int = self.model.num_prefix_tokens + (0 if only_global else self.model.patch_embed.num_patches)
         self.identity = {
             "schema": SCHEMA,
             "encoder": "clip",
@@ -60,10 +58,15 @@ class ClipEncoder:
             "image_size": image_size,
             "autocast": clip.autocast,
             "quantiser": "fp16",
-        } | ({"tokens": "global"} if only_global else {})
+        }
 
     def layer_identity(self, layer: int) -> dict:
-        return self.identity | {"layer": layer}
+        return self.identity | ({"tokens": "global"} if self.settings.only_global(layer) else {}) | {"layer": layer}
+
+    def tokens(self, layer: int) -> int:
+        """Tokens of one image that are cached of a block: class token, registers and, but for a global C, patches."""
+        patches = 0 if self.settings.only_global(layer) else self.model.patch_embed.num_patches
+        return self.model.num_prefix_tokens + patches
 
     @torch.inference_mode()
     def encode(self, pixels: np.ndarray, layers: list[int]) -> dict[int, np.ndarray]:
@@ -81,7 +84,7 @@ class ClipEncoder:
                 intermediates_only=True,
             )
         return {
-            layer: (prefix if self.settings.tokens == "global" else torch.cat([prefix, patches], 1))
+            layer: (prefix if self.settings.only_global(layer) else torch.cat([prefix, patches], 1))
             .float()
             .cpu()
             .numpy()

@@ -18,12 +18,12 @@ from xformer.settings import Settings, settings_from
 Spec = tuple[tuple[int, ...], str, dict]  # of one array: shape of a row, dtype, usage
 
 
-def array_specs(kind: str, settings: Settings, whole: bool, clip_tokens: int) -> dict[str, Spec]:
+def array_specs(kind: str, settings: Settings, whole: bool, clip_tokens: dict[int, int]) -> dict[str, Spec]:
     """The arrays that one encoder's extraction fills, in the order in which they are declared.
 
     Args:
         whole: MAE features of the whole image instead of mask draws.
-        clip_tokens: tokens of one image in the CLIP (257 for ViT-g/14 at 224), class token and all.
+        clip_tokens: tokens of one image by CLIP block (257 for ViT-g/14 at 224), class token and all.
 
     Raises: SettingsError where draws do not divide over the views.
     """
@@ -39,7 +39,7 @@ def array_specs(kind: str, settings: Settings, whole: bool, clip_tokens: int) ->
         for view in range(views):
             for layer in settings.clip.layers:
                 name = f"clip/{layer}/{f'view-{view}/' if view else ''}tokens"
-                tokens(name, (clip_tokens, settings.clip.width), _view(view, settings))
+                tokens(name, (clip_tokens[layer], settings.clip.width), _view(view, settings))
         return specs
     ratio = 0.0 if whole else mae.mask_ratio
     draws: dict[str, int | None] = {f"mae/draw-{d}": d for d in range(mae.draws)} if ratio else {"mae/full": None}
@@ -64,7 +64,8 @@ def declare(path: Path, index: Index, kind: str, settings: Settings, whole: bool
     Raises: StoreError where they exist and differ, or where int8 loses more than store.int8_max_rmse without `force`.
     """
     model = encode.encoder(kind, settings.model_dump_json())
-    specs = array_specs(kind, settings, whole, model.tokens if kind == "clip" else 0)
+    counts = {layer: model.tokens(layer) for layer in settings.clip.layers} if kind == "clip" else {}
+    specs = array_specs(kind, settings, whole, counts)
     quantised = [name for name, (_, dtype, _) in specs.items() if dtype == "int8"]
     new = [name for name in quantised if not places.exists(path / name / "zarr.json")]
     scales = fidelity.calibrate(index, new, settings, root, force) if new else {}

@@ -63,7 +63,7 @@ def shard_bytes(index_rows: int, shard_rows: int, shape: tuple[int, ...], dtype:
     return index_rows * row + shards * (16 * shard_rows + 4)
 
 
-def array_costs(settings: Settings, count: int, clip_tokens: int) -> dict[str, dict[str, Any]]:
+def array_costs(settings: Settings, count: int, clip_tokens: dict[int, int]) -> dict[str, dict[str, Any]]:
     """Every array that both encoders will fill: shape, dtype, bytes."""
     found: dict[str, dict[str, Any]] = {}
     for kind in ("clip", "mae"):
@@ -153,7 +153,7 @@ def plan(
     Args:
         corpus: None plans for `wanted` images with one caption each.
         wanted: plan for so many images instead of the corpus's own number, with as many captions each.
-        operations: FLOP of one image: `clip`, and `mae` for one draw; `clip_tokens` of one image.
+        operations: FLOP of one image: `clip`, and `mae` for one draw; `clip_tokens` of one image by block.
         training: captions -> what one pair costs in each stage (xformer/operations.py).
         encoder_rate: FLOP per second of this machine, asked for only where an encoder's weights are missing.
         gpus: probe this machine's CUDA device instead of its CPU.

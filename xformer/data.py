@@ -50,6 +50,7 @@ class Cache:
             raise StoreError(
                 f"{path}: clip tokens are {self.clip.shape[-1]} wide, the settings say {settings.clip.width}."
             )
+        self._refuse_other_tokens(self.clip, layer, settings)
         self.local = local_tokens(settings, model)
         if self.local == "mae":
             ratio = mask_ratio(settings, model, phase)
@@ -61,6 +62,7 @@ class Cache:
             self._refuse_other_usage(settings.mae, ratio)
         elif self.local == "clip":
             self.mae = [self._open(f"clip/{settings.local.layer}/tokens")]
+            self._refuse_other_tokens(self.mae[0], settings.local.layer, settings)
         arrays = [*self.clips.values(), *self.mae, *self.kept, *self.pixels.values()]
         self.dead = {row for array in arrays for row in array.dead_rows.tolist()}
         self.patches = (settings.image_size // settings.mae.patch) ** 2
@@ -85,6 +87,17 @@ class Cache:
                 self.kept.append(self._open(f"mae/draw-{draw}/kept"))
         if self.mae[0].shape[-1] != mae.width:
             raise StoreError(f"{path}: mae tokens are {self.mae[0].shape[-1]} wide, the settings say {mae.width}.")
+
+    def _refuse_other_tokens(self, array: FeatureArray, layer: int, settings: Settings) -> None:
+        """C may be cached without its patches (`clip.tokens: global`), the local tokens of a CLIP block never."""
+        held, first = array.attributes["identity"].get("tokens", "all"), settings.clip.layers[0]
+        if (held == "global") != settings.clip.only_global(layer):
+            wanted = "global tokens only" if settings.clip.only_global(layer) else "all tokens"
+            both = f"{first},{layer}" if layer != first else f"{layer}"
+            raise StoreError(
+                f"{self.store.path}: {array.name} holds {'all' if held == 'all' else 'global'} tokens, the settings ask for "
+                f"{wanted}; extract into another store with --layers {both} (clip.tokens applies to the first)."
+            )
 
     def _refuse_other_usage(self, mae: Mae, ratio: float) -> None:
         """Every draw must be masked as the settings ask, and C and M of a draw must show the same crop."""

@@ -43,7 +43,7 @@ def count(run: Callable[[], Tensor], backward: bool) -> int:
 
 
 def encoder_operations(settings: Settings, whole: bool = False) -> dict[str, Any]:
-    """FLOP of one image: `clip` up to the deepest cached block, `mae` for one mask draw; and `clip_tokens` of one image.
+    """FLOP of one image: `clip` up to the deepest cached block, `mae` for one mask draw; and `clip_tokens` by block.
 
     Raises: WeightsError where the MAE's config is not here.
     """
@@ -58,9 +58,13 @@ def encoder_operations(settings: Settings, whole: bool = False) -> dict[str, Any
         layers = [layer - 1 for layer in sorted(set(clip.layers))]
         more: dict[str, Any] = {"return_prefix_tokens": True, "norm": False, "stop_early": True}
         more |= {"output_fmt": "NLC", "intermediates_only": True}
-        found = {"clip": count(lambda: model.forward_intermediates(picture, indices=layers, **more)[0][0], False)}
-        patches = 0 if clip.tokens == "global" else model.patch_embed.num_patches
-        found["clip_tokens"] = model.num_prefix_tokens + patches
+        found: dict[str, Any] = {
+            "clip": count(lambda: model.forward_intermediates(picture, indices=layers, **more)[0][0], False)
+        }
+        found["clip_tokens"] = {
+            layer: model.num_prefix_tokens + (0 if clip.only_global(layer) else model.patch_embed.num_patches)
+            for layer in {*clip.layers, settings.local.layer}
+        }
         config = mae_config(settings)
         config.mask_ratio = 0.0 if whole else mae.mask_ratio
         vit: Any = ViTMAEModel(config).eval()
@@ -68,7 +72,7 @@ def encoder_operations(settings: Settings, whole: bool = False) -> dict[str, Any
     return found
 
 
-def stage1_pass(settings: Settings, model: str, clip_tokens: int, vocabulary: int) -> tuple[nn.Module, Pass]:
+def stage1_pass(settings: Settings, model: str, clip_tokens: dict[int, int], vocabulary: int) -> tuple[nn.Module, Pass]:
     """The trained modules of stage 1 on the current default device, and the passes of one step (Stage1.forward without
     the choice of negatives, whose shapes depend on the data).
 
@@ -106,7 +110,7 @@ def stage1_pass(settings: Settings, model: str, clip_tokens: int, vocabulary: in
     return nn.ModuleList([bridge] if decoder is None else [bridge, decoder]), run
 
 
-def stage2_pass(settings: Settings, model: str, clip_tokens: int, vocabulary: int) -> tuple[nn.Module, Pass]:
+def stage2_pass(settings: Settings, model: str, clip_tokens: dict[int, int], vocabulary: int) -> tuple[nn.Module, Pass]:
     """As `stage1_pass`: the bridge without text, the linear layer and the frozen OPT."""
     from transformers import OPTForCausalLM
 
@@ -123,14 +127,16 @@ def stage2_pass(settings: Settings, model: str, clip_tokens: int, vocabulary: in
     return nn.ModuleList([bridge, project, llm]), run
 
 
-def _tokens(settings: Settings, model: str, phase: Phase, images: int, count: int) -> tuple[Tensor, Tensor | None]:
+def _tokens(
+    settings: Settings, model: str, phase: Phase, images: int, count: dict[int, int]
+) -> tuple[Tensor, Tensor | None]:
     """C and M of a batch, of any values."""
     side, mae = settings.image_size, settings.mae
-    clip = torch.zeros(images, count, settings.clip.width)
+    clip = torch.zeros(images, count[settings.clip.layers[0]], settings.clip.width)
     if (kind := local_tokens(settings, model)) is None:
         return clip, None
     if kind == "clip":
-        return clip, torch.zeros_like(clip)
+        return clip, torch.zeros(images, count[settings.local.layer], settings.clip.width)
     seen = kept_count((side // mae.patch) ** 2, mask_ratio(settings, model, phase))
     return clip, torch.zeros(images, 1 + seen, local_width(settings))
 
@@ -139,7 +145,7 @@ PASSES = {"stage 1": stage1_pass, "stage 2": stage2_pass}
 
 
 def training_costs(
-    settings: Settings, model: str, clip_tokens: int, captions: list[str], device: str
+    settings: Settings, model: str, clip_tokens: dict[int, int], captions: list[str], device: str
 ) -> dict[str, dict[str, Any]]:
     """What one image-text pair costs in each stage, forward and backward.
 

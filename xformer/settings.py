@@ -51,6 +51,10 @@ class Clip(Section):
     autocast: Precision
     batch: Count
 
+    def only_global(self, layer: int) -> bool:
+        """Whether a block is cached without its patches: only C is; the blocks of Table 5 stand for local features."""
+        return self.tokens == "global" and layer == self.layers[0]
+
 
 class Mae(Section):
     weights: str

@@ -32,7 +32,7 @@ def test_eva_vit_g_of_two_blocks_gives_257_tokens_of_1408_before_the_norm(tmp_pa
     )
     encoder = ClipEncoder(settings.clip, settings.image_size)
     found = encoder.encode(PIXELS, [1, 2])
-    assert found[1].shape == found[2].shape == (1, 257, 1408) and encoder.tokens == 257
+    assert found[1].shape == found[2].shape == (1, 257, 1408) and encoder.tokens(1) == encoder.tokens(2) == 257
     assert not np.allclose(found[1], found[2])
     with pytest.raises(WeightsError, match="only 2 blocks"):
         ClipEncoder(settings.clip.model_copy(update={"layers": [39]}), 224)

@@ -213,6 +213,26 @@ def test_one_pass_gives_the_bytes_of_one_pass_for_each(corpus: Path, tmp_path: P
     }  # fmt: skip
 
 
+def test_only_c_is_cached_without_its_patches(corpus: Path, tmp_path: Path) -> None:
+    from xformer.data import Cache
+    from xformer.errors import StoreError
+
+    path, source, patches = tmp_path / "s.zarr", open_corpus(corpus), (64 // 16) ** 2
+    together = load_settings(overrides=["store.shard_rows=16", "clip.layers=[5,3]"])
+    extract(source, path, ["clip"], together, limit=16, in_process=True)
+    assert [store.FeatureStore(path).array(f"clip/{layer}/tokens").shape[0] for layer in (5, 3)] == [8, 8 + patches]
+    local = load_settings(overrides=["local.tokens=clip", "local.layer=3"])
+    assert Cache(path, local, "xformer", pixels=False).read(np.arange(2), 0).mae.shape[1] == 8 + patches
+    for wrong in (["clip.layers=[3]"], ["clip.tokens=all"]):
+        with pytest.raises(StoreError, match="tokens, the settings ask for .*--layers"):
+            Cache(path, load_settings(overrides=wrong), "qformer", pixels=False)
+    for layer in (5, 3):  # one after the other, each is the C of its extraction
+        alone = load_settings(overrides=["store.shard_rows=16", f"clip.layers=[{layer}]"])
+        extract(source, tmp_path / "alone.zarr", ["clip"], alone, limit=16, in_process=True)
+    with pytest.raises(StoreError, match="clip/3/tokens holds global tokens, the settings ask for all .*--layers 5,3"):
+        Cache(tmp_path / "alone.zarr", local, "xformer", pixels=False)
+
+
 def test_each_image_is_decoded_once(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, calls = images.decode, []
     monkeypatch.setattr(images, "decode", lambda *given: (calls.append(1), original(*given))[1])
