@@ -25,6 +25,18 @@ from matplotlib import pyplot as plt  # noqa: E402
 ACROSS = 8  # queries per line
 
 
+def seen(weights: Tensor, placed: bool, kept: Tensor | None) -> np.ndarray:
+    """What one image's attention [Q, tokens] is drawn as: maps of its patches, or the table itself.
+
+    Args:
+        placed: the tokens are a class token and one per patch; else a class token and registers, which have no place.
+        kept: bool [n], the patches that the mask left; None: all.
+    """
+    if not placed:
+        return weights.numpy()
+    return grids(weights, weights.shape[-1] - 1 if kept is None else len(kept), kept)
+
+
 def grids(weights: Tensor, patches: int, kept: Tensor | None) -> np.ndarray:
     """Attention over [class token, patches] of one image, [Q, 1 + n] -> [Q, side, side]; NaN where a patch is masked."""
     inside = weights[:, 1:]
@@ -61,11 +73,11 @@ def show(run: Path, store: Path, pictures: list[Path], out: Path, overrides: lis
     files = []
     for i, picture in enumerate(pictures):
         own = None if kept is None else kept[i]
-        rows = {"CLIP patches": grids(maps["clip"][i], clip.shape[1] - 1, None)}
+        rows = {"CLIP": seen(maps["clip"][i], settings.clip.tokens == "all", None)}
         if "local" in maps:
-            count = maps["local"].shape[-1] - 1 if own is None else len(own)
-            name = "MAE patches" if settings.local.tokens == "mae" else f"patches of CLIP block {settings.local.layer}"
-            rows[name] = grids(maps["local"][i], count, own)
+            of_mae = settings.local.tokens == "mae"
+            placed = of_mae or not settings.clip.only_global(settings.local.layer)
+            rows["MAE" if of_mae else f"CLIP block {settings.local.layer}"] = seen(maps["local"][i], placed, own)
         name = picture.stem if stems.count(picture.stem) == 1 else f"{picture.stem}-{i + 1}"
         files.append(out / f"{name}-{model}.png")
         _draw(files[-1], picture, {k: v[i] for k, v in panels.items()}, similar[i].numpy(), rows)
@@ -91,11 +103,10 @@ def _panels(
 def _draw(file: Path, picture: Path, panels: dict, similar: np.ndarray, rows: dict[str, np.ndarray]) -> None:
     queries = len(similar)
     lines = -(-queries // ACROSS)
-    heights = [3.0, *[0.35 + 1.15 * lines] * len(rows)]
+    heights = [3.0, *[0.35 + 1.15 * lines if maps.ndim == 3 else 2.4 for maps in rows.values()]]
     figure = plt.figure(figsize=(11, sum(heights)), layout="constrained")
     parts: Any = figure.subfigures(len(heights), 1, height_ratios=heights)
-    side = next(iter(panels.values())).shape[0] if panels else rows["CLIP patches"].shape[-1] * 16
-    original = _open(picture, max(224, side))
+    original = _open(picture, max([224, *(panel.shape[0] for panel in panels.values())]))
     top = parts[0] if len(heights) > 1 else parts
     axes = top.subplots(1, len(panels) + 2, squeeze=False)[0]
     for axis, (title, image) in zip(axes, {"picture": original, **panels}.items(), strict=False):
@@ -107,21 +118,38 @@ def _draw(file: Path, picture: Path, panels: dict, similar: np.ndarray, rows: di
     axes[-1].set(xlabel="query", ylabel="query")
     top.colorbar(drawn, ax=axes[-1], shrink=0.7)
     for part, (name, maps) in zip(parts[1:], rows.items(), strict=True):
+        of = "patches" if maps.ndim == 3 else "tokens"
+        scale = ", each up to its own maximum; masked: grey" if maps.ndim == 3 else ""
         part.suptitle(
-            f"attention of each query over {name} (last cross-attention, mean over heads, each up to its own maximum; "
-            "masked: grey)",
+            f"attention of each query over the {of} of {name} (last cross-attention, mean over heads{scale})",
             fontsize=9,
         )
-        tiles = part.subplots(lines, ACROSS, squeeze=False)
-        for axis in tiles.flat:
-            axis.axis("off")
-        for number, (axis, grid) in enumerate(zip(tiles.flat, maps, strict=False)):
-            axis.imshow(original, extent=(0, 1, 0, 1))
-            colours = plt.get_cmap("inferno").with_extremes(bad="0.6")
-            axis.imshow(grid, extent=(0, 1, 0, 1), cmap=colours, alpha=0.65, vmin=0, interpolation="nearest")
-            axis.set_title(str(number), fontsize=7, pad=1)
+        _maps(part, maps, original) if maps.ndim == 3 else _table(part, maps)
     figure.savefig(file, dpi=110)
     plt.close(figure)
+
+
+def _maps(part: Any, maps: np.ndarray, original: np.ndarray) -> None:
+    """One small picture per query, [Q, side, side] over the original."""
+    tiles = part.subplots(-(-len(maps) // ACROSS), ACROSS, squeeze=False)
+    colours = plt.get_cmap("inferno").with_extremes(bad="0.6")
+    for axis in tiles.flat:
+        axis.axis("off")
+    for number, (axis, grid) in enumerate(zip(tiles.flat, maps, strict=False)):
+        axis.imshow(original, extent=(0, 1, 0, 1))
+        axis.imshow(grid, extent=(0, 1, 0, 1), cmap=colours, alpha=0.65, vmin=0, interpolation="nearest")
+        axis.set_title(str(number), fontsize=7, pad=1)
+
+
+def _table(part: Any, weights: np.ndarray) -> None:
+    """Tokens without a place: one column per query, one line per token, from [Q, tokens]."""
+    axis = part.subplots()
+    drawn = axis.imshow(weights.T, cmap="inferno", vmin=0, aspect="auto", interpolation="nearest")
+    names = ["class token", *(f"register {k}" for k in range(1, weights.shape[1]))]
+    axis.set_yticks(range(len(names)), names, fontsize=7)
+    axis.set_xlabel("query", fontsize=7)
+    axis.tick_params(labelsize=7)
+    part.colorbar(drawn, ax=axis, shrink=0.8)
 
 
 def _open(picture: Path, side: int) -> np.ndarray:

@@ -98,7 +98,7 @@ def test_attention_maps_are_weights_over_the_tokens_that_a_model_reads(model: st
     from xformer.attention import attention_maps, query_similarity
     from xformer.model import build_xformer
     from xformer.settings import load_settings
-    from xformer.show import grids
+    from xformer.show import grids, seen
 
     bridge = build_xformer(load_settings(), model, 0).eval()
     clip, local = torch.randn(2, 17, 96), None if model == "qformer" else torch.randn(2, 9, 96)
@@ -112,6 +112,9 @@ def test_attention_maps_are_weights_over_the_tokens_that_a_model_reads(model: st
     if local is not None:
         grid = grids(maps["local"][0], 16, kept)
         assert grid.shape == (16, 4, 4) and np.isnan(grid[:, 2:]).all() and (grid[:, :2] >= 0).all()
+        np.testing.assert_array_equal(seen(maps["local"][0], True, kept), grid)
+    # class token and registers have no place in the picture: their weights stay a table, none left out
+    np.testing.assert_array_equal(seen(maps["clip"][0], False, None), maps["clip"][0].numpy())
     torch.testing.assert_close(query_similarity(enhanced).diagonal(dim1=1, dim2=2), torch.ones(2, 16))
 
 
