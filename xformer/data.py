@@ -91,12 +91,12 @@ class Cache:
     def _refuse_other_tokens(self, array: FeatureArray, layer: int, settings: Settings) -> None:
         """C may be cached without its patches (`clip.tokens: global`), the local tokens of a CLIP block never."""
         held, first = array.attributes["identity"].get("tokens", "all"), settings.clip.layers[0]
-        if (held == "global") != settings.clip.only_global(layer):
-            wanted = "global tokens only" if settings.clip.only_global(layer) else "all tokens"
-            both = f"{first},{layer}" if layer != first else f"{layer}"
+        wanted = "global" if settings.clip.only_global(layer) else "all"
+        if held != wanted:
+            layers = f"{first},{layer}" if layer != first else f"{layer}"
             raise StoreError(
-                f"{self.store.path}: {array.name} holds {'all' if held == 'all' else 'global'} tokens, the settings ask for "
-                f"{wanted}; extract into another store with --layers {both} (clip.tokens applies to the first)."
+                f"{self.store.path}: {array.name} holds {held} tokens, the settings ask for {wanted} tokens; extract into "
+                f"another store with --layers {layers} (clip.tokens applies to the first)."
             )
 
     def _refuse_other_usage(self, mae: Mae, ratio: float) -> None:

@@ -43,8 +43,14 @@ def test_every_identity_field_changed_once_is_named(
     for kind, field in fields:
         path = Path(shutil.copytree(features, tmp_path / f"{kind}-{field}.zarr"))
         rewrite(path, names[kind], "identity", field)
-        cache = Cache(path, settings, "xformer", pixels=False)
-        with pytest.raises(StoreError, match=rf"{kind} {field} is "):
+        # which tokens of C are cached is a setting too, and refused by it before any checkpoint is read
+        named = (
+            "clip/5/tokens holds global changed tokens"
+            if (kind, field) == ("clip", "tokens")
+            else f"{kind} {field} is "
+        )
+        with pytest.raises(StoreError, match=named):
+            cache = Cache(path, settings, "xformer", pixels=False)
             compare_identities(trained, cache.identities(), "run", "store")
         refused += 1
         if field in ("weights_sha256", "mask_algorithm"):  # and through the trainer itself, before its first step
