@@ -51,6 +51,7 @@ LAVIS_LEFT: Rules = [
     (r"Qformer\.bert\.embeddings\.position_ids", "a constant: 0, 1, 2, ..."),
     (r"Qformer\.cls\.predictions\.decoder\.weight", "tied to the word embeddings, and equal to them"),
     (r"Qformer\.cls\.predictions\.decoder\.bias", "tied to Qformer.cls.predictions.bias, and equal to it"),
+    (r"opt_model\.lm_head\.weight", "the frozen OPT's tied embedding, which LAVIS does not drop; llm.weights names it"),
 ]
 TIED = {
     "Qformer.cls.predictions.decoder.weight": "Qformer.bert.embeddings.word_embeddings.weight",
@@ -121,7 +122,8 @@ def import_blip2(
     """
     if t5 := sorted(k for k in tensors if k.startswith(("t5_proj", "t5_model", "llm_proj", "llm_model"))):
         raise WeightsError(f"{source}: {t5[0]} belongs to a T5 or Vicuna model; only BLIP-2 with OPT is supported.")
-    if eyes := sorted(k for k in tensors if k.startswith(("visual_encoder.", "opt_model."))):
+    frozen = {k for k in tensors if k.startswith(("visual_encoder.", "opt_model."))} - {"opt_model.lm_head.weight"}
+    if eyes := sorted(frozen):
         raise WeightsError(
             f"{source}: {eyes[0]} belongs to a part that stays frozen here; only trained parts are imported."
         )

@@ -44,9 +44,18 @@ def import_weights(source: Path, out: Path, settings: Settings, norm_pix: bool |
 
 def _folder(source: Path, out: Path, settings: Settings) -> dict[str, Any]:
     try:
-        kind = json.loads((source / "config.json").read_text(encoding="utf-8")).get("model_type")
+        config = json.loads((source / "config.json").read_text(encoding="utf-8"))
+        kind, llm = config.get("model_type"), (config.get("text_config") or {}).get("model_type", "opt")
+        heads = (config.get("qformer_config") or {}).get("num_attention_heads", 12)  # transformers' default
     except (OSError, ValueError, AttributeError) as error:
         raise WeightsError(f"{source}: no transformers folder: config.json cannot be read ({error}).") from None
     if kind != "blip-2":
         raise WeightsError(f"{source}: model_type is {kind!r}; of transformers' models only 'blip-2' is imported.")
-    return import_blip2(source, read_folder(source), out, settings, lavis=False)
+    if heads != settings.qformer.heads:  # no tensor's shape tells it
+        raise WeightsError(
+            f"{source}: qformer.heads is {heads} in the file and {settings.qformer.heads} in the settings."
+        )
+    tensors = read_folder(source)
+    if llm != "opt" and "language_projection.weight" in tensors:
+        raise WeightsError(f"{source}: text_config.model_type is {llm!r}; only BLIP-2 with OPT is supported.")
+    return import_blip2(source, tensors, out, settings, lavis=False)

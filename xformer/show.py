@@ -13,6 +13,7 @@ from xformer.attention import attention_maps, query_similarity
 from xformer.console import say
 from xformer.data import Cache, normalised
 from xformer.errors import EvaluationError
+from xformer.evaluation.load import refuse_another_model
 from xformer.losses import patchify
 from xformer.model import build_xformer
 from xformer.reconstruction import FrozenDecoder, rebuilt_pixels, unpatchify, visible
@@ -52,6 +53,7 @@ def show(run: Path, store: Path, pictures: list[Path], out: Path, overrides: lis
     newest = checkpoint.newest(run)
     state = checkpoint.read_state(newest)
     settings, model = with_overrides(settings_from(state["settings"], str(newest)), overrides), state["model"]
+    refuse_another_model(settings, state, newest)
     bridge = build_xformer(settings, model, vocabulary=0)
     checkpoint.load_model(newest, bridge, prefix="xformer.")
     bridge.eval()

@@ -124,6 +124,7 @@ def test_what_is_refused_is_one_sentence(
     text = tmp_path / "text.jpg"
     text.write_text("hello")
     run = ["--checkpoint", str(stage2)]
+    assert "qformer.heads is 2 here" in fails(capsys, "show", str(photo), *run, "--set", "qformer.heads=2")
     for command in (["ask", str(text), "What?"], ["caption", str(text)], ["show", str(text)]):
         assert "text.jpg: not a picture" in fails(capsys, *command, *run)
     assert "no such picture" in fails(capsys, "ask", str(tmp_path / "none.png"), "What?", *run)

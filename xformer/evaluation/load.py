@@ -23,17 +23,22 @@ def load_stage2(run: Path, overrides: list[str]) -> tuple[Stage2, dict[str, Any]
             f"{run} is a stage-1 run; answers need a stage-2 run: xformer train --stage 2 --init {run}"
         )
     settings = with_overrides(settings_from(state["settings"], str(newest)), overrides)
+    refuse_another_model(settings, state, newest)
+    stage2 = build_stage2(settings, state["model"])
+    checkpoint.load_model(newest, stage2)
+    refuse_other_llm(state.get("llm", {}).get("sha256"), stage2.llm, str(newest))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return stage2.to(device).eval(), state, settings
+
+
+def refuse_another_model(settings: Settings, state: dict[str, Any], newest: Path) -> None:
+    """Raises SettingsError where an override would compute something else with the weights of a checkpoint."""
     for section in ("qformer", "dual", "local", "clip"):
         theirs, ours = state["settings"][section], settings.dump()[section]
         if name := next((key for key in ours if ours[key] != theirs[key] and key not in ("weights", "batch")), None):
             raise SettingsError(
                 f"{section}.{name} is {ours[name]!r} here and {theirs[name]!r} in {newest}; leave it out."
             )
-    stage2 = build_stage2(settings, state["model"])
-    checkpoint.load_model(newest, stage2)
-    refuse_other_llm(state.get("llm", {}).get("sha256"), stage2.llm, str(newest))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return stage2.to(device).eval(), state, settings
 
 
 def load_stage1(run: Path, overrides: list[str]) -> tuple[Stage1, TextTokenizer, dict[str, Any], Settings]:
@@ -43,6 +48,7 @@ def load_stage1(run: Path, overrides: list[str]) -> tuple[Stage1, TextTokenizer,
     if state["stage"] != 1:
         raise CheckpointError(f"{run} is a stage-2 run; this needs a stage-1 run: xformer train --stage 1")
     settings = with_overrides(settings_from(state["settings"], str(newest)), overrides)
+    refuse_another_model(settings, state, newest)
     text = settings.qformer
     tokenizer = TextTokenizer(text.text, text.max_text, text.max_words)
     stage1 = build_stage1(settings, state["model"], tokenizer.vocabulary, tokenizer.begin)
