@@ -1,5 +1,6 @@
 """`xformer show`: what a model sees of a picture, what it rebuilds, and where its queries look."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +31,15 @@ def seen(weights: Tensor, placed: bool, kept: Tensor | None) -> np.ndarray:
     """What one image's attention [Q, tokens] is drawn as: maps of its patches, or the table itself.
 
     Args:
-        placed: the tokens are a class token and one per patch; else a class token and registers, which have no place.
+        placed: patches are among the tokens, the last ones; else these are a class token and registers, without a place.
         kept: bool [n], the patches that the mask left; None: all.
     """
     if not placed:
         return weights.numpy()
-    return grids(weights, weights.shape[-1] - 1 if kept is None else len(kept), kept)
+    if kept is not None:
+        return grids(weights, len(kept), kept)
+    patches = math.isqrt(weights.shape[-1] - 1) ** 2  # the last ones; before them the class token, and maybe registers
+    return grids(weights[:, -1 - patches :], patches, None)
 
 
 def grids(weights: Tensor, patches: int, kept: Tensor | None) -> np.ndarray:

@@ -113,6 +113,8 @@ def test_attention_maps_are_weights_over_the_tokens_that_a_model_reads(model: st
         grid = grids(maps["local"][0], 16, kept)
         assert grid.shape == (16, 4, 4) and np.isnan(grid[:, 2:]).all() and (grid[:, :2] >= 0).all()
         np.testing.assert_array_equal(seen(maps["local"][0], True, kept), grid)
+    registers = torch.rand(16, 8 + 16)  # class token, 7 registers, 16 patches
+    np.testing.assert_array_equal(seen(registers, True, None), registers[:, 8:].reshape(16, 4, 4).numpy())
     # class token and registers have no place in the picture: their weights stay a table, none left out
     np.testing.assert_array_equal(seen(maps["clip"][0], False, None), maps["clip"][0].numpy())
     torch.testing.assert_close(query_similarity(enhanced).diagonal(dim1=1, dim2=2), torch.ones(2, 16))
