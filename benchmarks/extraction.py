@@ -49,12 +49,13 @@ def prepare(folder: Path, pictures: int) -> tuple[Any, Any]:
 def declared(corpus: Any, path: Path, settings: Any) -> tuple[Any, Any]:
     """A store with an index and declared arrays, and everything that is to do in it."""
     from pipeline import cluster
-    from pipeline.extract import declare, plan_index
+    from pipeline.extract import declare, plan_index, wanted
 
     index = plan_index(path, corpus, settings, None)
-    names = declare(path, index, "clip", settings, False, corpus.root, False)
+    specs = wanted("clip", settings, False)
+    declare(path, index, "clip", specs, settings, corpus.root, False)
     job = cluster.Job(str(path), settings.model_dump_json(), str(corpus.root), False)
-    return job, {shard: (names, []) for shard in range(index.shards)}
+    return job, {shard: (list(specs), []) for shard in range(index.shards)}
 
 
 def steady(results: Iterable[dict], skip: int, clock: Callable[[], float] = time.perf_counter) -> tuple[float, float]:

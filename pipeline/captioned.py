@@ -127,9 +127,11 @@ def genome_rows(file: Path, root: Path) -> Iterator[Row]:
     for element in json_elements(file):
         try:
             key = int(element["id"] if "id" in element else element["image_id"])
-            phrases = tuple(str(region["phrase"]) for region in element["regions"])
+            phrases = tuple(region["phrase"] for region in element["regions"])
         except (KeyError, TypeError, ValueError) as error:
             raise CorpusError(f"{file}: not Visual Genome's region descriptions: {error!r}.") from None
+        if odd := [phrase for phrase in phrases if not isinstance(phrase, str)]:
+            raise CorpusError(f"{file}: a phrase of image {key} is {json.dumps(odd[0])[:60]}, not a text.")
         found = (f"{f}/{key}.jpg" for f in folders if (root / f / f"{key}.jpg").is_file())
         yield Row(str(key), next(found, f"{key}.jpg"), phrases)
 

@@ -108,10 +108,18 @@ def _read_coco(file: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
         raise CorpusError(f"{file}: larger than {MAX_JSON_BYTES >> 30} GiB.")
     try:
         content = json.loads(file.read_bytes())
-        names = {int(i["id"]): str(i["file_name"]) for i in content["images"]}
+        names: dict[int, str] = {}
+        for image in content["images"]:
+            key = int(image["id"])
+            if key in names:
+                raise CorpusError(f"{file}: the image id {key} stands twice; make every id unique.")
+            names[key] = _text(image, "file_name", file)
         captions: dict[int, list[str]] = {i: [] for i in names}
         for row in content["annotations"]:
-            captions[int(row["image_id"])].append(str(row["caption"]))
+            key = int(row["image_id"])
+            if key not in captions:
+                raise CorpusError(f"{file}: a caption is of the image {key}, which is not among its images.")
+            captions[key].append(_text(row, "caption", file))
     except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise CorpusError(f"{file}: not a COCO caption file: {error}.") from None
     except KeyError as error:
@@ -119,6 +127,13 @@ def _read_coco(file: Path) -> tuple[dict[int, str], dict[int, list[str]]]:
     if not names:
         raise CorpusError(f"{file}: holds no images.")
     return names, captions
+
+
+def _text(row: dict, key: str, file: Path) -> str:
+    if not isinstance(row[key], str):
+        of = row["image_id"] if "image_id" in row else row["id"]
+        raise CorpusError(f"{file}: the {key} of image {of} is {json.dumps(row[key])[:60]}, not a text.")
+    return row[key]
 
 
 def _coco(file: Path, root: Path) -> Corpus:

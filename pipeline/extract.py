@@ -4,6 +4,8 @@ One task = one whole shard of every array that is still missing there. Rerunning
 """
 
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from pipeline.corpora import Corpus, open_corpus
 from pipeline.index import Index
 from pipeline.write_index import write_index
 from xformer.console import progress, say
-from xformer.errors import CorpusError, SettingsError, StoreError
+from xformer.errors import CorpusError, SettingsError, StoreError, WeightsError
 from xformer.settings import Settings, settings_from
 
 Spec = tuple[tuple[int, ...], str, dict]  # of one array: shape of a row, dtype, usage
@@ -58,14 +60,21 @@ def array_specs(kind: str, settings: Settings, whole: bool, clip_tokens: dict[in
     return specs
 
 
-def declare(path: Path, index: Index, kind: str, settings: Settings, whole: bool, root: Path, force: bool) -> list[str]:
-    """Declares the arrays of one encoder; returns their names.
+def wanted(kind: str, settings: Settings, whole: bool) -> dict[str, Spec]:
+    """The arrays of one encoder, which is loaded for it. Raises WeightsError or SettingsError where it cannot be."""
+    model = encode.encoder(kind, settings.model_dump_json())
+    counts = {layer: model.tokens(layer) for layer in settings.clip.layers} if kind == "clip" else {}
+    return array_specs(kind, settings, whole, counts)
+
+
+def declare(
+    path: Path, index: Index, kind: str, specs: dict[str, Spec], settings: Settings, root: Path, force: bool
+) -> None:
+    """Declares the arrays of one encoder.
 
     Raises: StoreError where they exist and differ, or where int8 loses more than store.int8_max_rmse without `force`.
     """
     model = encode.encoder(kind, settings.model_dump_json())
-    counts = {layer: model.tokens(layer) for layer in settings.clip.layers} if kind == "clip" else {}
-    specs = array_specs(kind, settings, whole, counts)
     quantised = [name for name, (_, dtype, _) in specs.items() if dtype == "int8"]
     new = [name for name in quantised if not places.exists(path / name / "zarr.json")]
     scales = fidelity.calibrate(index, new, settings, root, force) if new else {}
@@ -78,7 +87,6 @@ def declare(path: Path, index: Index, kind: str, settings: Settings, whole: bool
                 identity = identity | {"quantiser": "int8 * token * channel"}
         more = {"channel_scale": [float(v) for v in scales[name]]} if name in scales else {}
         store.create_array(path, name, index, shape, dtype, identity, usage, more)
-    return list(specs)
 
 
 def _view(view: int, settings: Settings) -> dict:
@@ -88,7 +96,10 @@ def _view(view: int, settings: Settings) -> dict:
 
 
 def plan_index(path: Path, corpus: Corpus, settings: Settings, limit: int | None) -> Index:
-    """Makes the index, or opens the one that is there. Raises StoreError where it belongs to another corpus."""
+    """Makes the index, or opens the one that is there.
+
+    Raises: StoreError where it belongs to another corpus; one without a committed shard is planned anew instead.
+    """
     if places.exists(path / "index" / "index.json"):
         index = Index(path / "index")
         have = index.description["corpus"]
@@ -96,15 +107,34 @@ def plan_index(path: Path, corpus: Corpus, settings: Settings, limit: int | None
             "kind": corpus.kind, "identity": corpus.identity, "limit": limit,
             "val_fraction": settings.corpus.val_fraction,
         }  # fmt: skip
-        if difference := store.first_difference(have, want):
-            raise StoreError(f"{path} was planned for another corpus: {difference}; give another --store.")
-        return index
+        difference = store.first_difference(have, want)
+        if not difference:
+            return index
+        names = store.array_names(path)
+        if any(store.committed(path, name) for name in names):
+            raise StoreError(
+                f"{places.shown(path)} was planned for another corpus: {difference}; give another --store."
+            )
+        for name in names:
+            places.remove_folder(path / name)
     store.create_group(path)
     places.remove_folder(path / "index")  # of a planning that did not finish; nothing refers to it yet
     say(f"planning {places.shown(path)}: reading every image once")
     with places.built_here(path, "index", last="index.json") as here:
         write_index(here / "index", corpus, settings.store.shard_rows, settings.corpus.val_fraction, limit)
     return Index(path / "index")
+
+
+@contextmanager
+def _taken_back(path: Path) -> Iterator[None]:
+    """Where an extraction is refused that made the store and committed nothing, no store is left behind."""
+    fresh = places.children(path) == ([], [])
+    try:
+        yield
+    except (CorpusError, SettingsError, WeightsError):
+        if fresh and not any(store.committed(path, name) for name in store.array_names(path)):
+            places.remove_folder(path)
+        raise
 
 
 def extract(
@@ -131,11 +161,13 @@ def extract(
     """
     started = time.perf_counter()
     report: dict[str, Any] = {"store": places.shown(path), "corpus": str(corpus.root), "encoders": {}}
-    with store.owner(path):
+    specs = {kind: wanted(kind, settings, whole) for kind in kinds}  # refused before any image is read
+    declared = {kind: list(arrays) for kind, arrays in specs.items()}
+    with store.owner(path), _taken_back(path):
         index = plan_index(path, corpus, settings, limit)
-        planned_dead = index.description["dead"]
-        _check_dead(planned_dead, index.count, settings)
-        declared = {kind: declare(path, index, kind, settings, whole, corpus.root, force) for kind in kinds}
+        _check_dead(index.description["dead"], index.count, index.dead(), settings)
+        for kind in kinds:
+            declare(path, index, kind, specs[kind], settings, corpus.root, force)
         names = [name for kind in kinds for name in declared[kind]]
         done = {name: store.committed(path, name) for name in names}
         known: dict[int, dict[int, dict]] = {}
@@ -161,7 +193,7 @@ def extract(
             run = cluster.run_here if in_process else cluster.run_on_dask
             for result in run(job, todo, workers or settings.store.workers, scheduler):
                 dead |= {letter["row"]: letter for letter in result["dead"]}
-                _check_dead(len(dead), index.count, settings)
+                _check_dead(len(dead), index.count, dead.values(), settings)
                 forward += result["forward"]
                 bar.advance(result["rows"], note=f"{len(dead)} dead letters" if dead else "")
         seconds = time.perf_counter() - began
@@ -182,11 +214,13 @@ def extract(
     return report
 
 
-def _check_dead(dead: int, planned: int, settings: Settings) -> None:
+def _check_dead(dead: int, planned: int, letters: Iterable[dict], settings: Settings) -> None:
     if dead > max(1, settings.corpus.max_dead_fraction * planned):
+        first = next(iter(letters))
         raise CorpusError(
             f"{dead} of {planned} images are unusable, more than corpus.max_dead_fraction = "
-            f"{settings.corpus.max_dead_fraction}; see the reasons with: xformer corpus info SRC"
+            f"{settings.corpus.max_dead_fraction}; the first: {first['id']}: {first['reason']}; mend "
+            "them, or raise that setting to go on."
         )
 
 

@@ -152,7 +152,7 @@ def write_shapes(out: Path, train: int, val: int, seed: int, side: int = 64) -> 
     Raises: CorpusError where `out` exists and is not empty, or where no picture is asked for.
     """
     if train < 1 or val < 1:
-        raise CorpusError("a shapes corpus needs at least one training and one validation picture: --train 1 --val 1.")
+        raise CorpusError(f"a shapes corpus needs at least one picture in each split, not --train {train} --val {val}.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise CorpusError(f"{out} already exists and is not empty; give --out a new folder.")
     out.parent.mkdir(parents=True, exist_ok=True)

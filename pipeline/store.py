@@ -73,6 +73,8 @@ def owner(store: Path) -> Iterator[None]:
             lock = store.parent / f".{store.name}.lock"
             guard = objects.lease(store) if places.is_object(store) else publish.exclusive(lock)
             mine = held.enter_context(guard)
+        except (FileExistsError, NotADirectoryError):
+            raise StoreError(f"{store} cannot be written: {store.parent} is not a folder.") from None
         except OSError as error:
             raise StoreError(f"{store} cannot be written: {error.strerror}.") from None
         if not mine:
@@ -90,19 +92,23 @@ def create_array(
     usage: dict,
     more: dict | None = None,
 ) -> bool:
-    """Declares an array before it is filled; returns whether it is new.
+    """Declares an array before it is filled; returns whether it is new. One without a committed shard is replaced.
 
     Raises: StoreError where it exists and was made in another way; the field that differs is named.
     """
     create_group(store)
     if have := attributes(store, name):
-        for part, want in (("identity", identity), ("usage", usage)):
-            if difference := first_difference(have.get(part, {}), json.loads(json.dumps(want))):
-                raise StoreError(
-                    f"{store}: {name} was made in another way: {difference}; give another --store, or the settings it "
-                    "was made with."
-                )
-        return False
+        wanted = json.loads(json.dumps({"identity": identity, "usage": usage}))
+        differences = (first_difference(have.get(part, {}), wanted[part]) for part in wanted)
+        difference = next(filter(None, differences), None)
+        if not difference:
+            return False
+        if committed(store, name):
+            raise StoreError(
+                f"{places.shown(store)}: {name} was made in another way: {difference}; give another --store, or the "
+                "settings it was made with."
+            )
+        places.remove_folder(store / name)
     files: dict[str, Any] = {}
     zarr.create_array(
         MemoryStore(files),

@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.captioned import Row, image_id
 from pipeline.corpora import Corpus, open_corpus
 from pipeline.extract import extract
+from pipeline.store import describe
 from xformer.checkpoint import newest
 from xformer.errors import CorpusError
 from xformer.local import local_tokens, mask_ratio
@@ -21,7 +22,8 @@ from xformer.settings import settings_from, with_overrides
 def temporary_store(folder: Path, run: Path, wanted: set[str] | None, overrides: list[str] | None = None) -> Path:
     """Encodes the pictures with the `wanted` ids (None: all), as the checkpoint's features were made.
 
-    Returns: a store that is removed when the process ends.
+    Returns: a store that is removed when the process ends. Raises: CorpusError for a wanted picture that is not there
+    or cannot be used, and what an extraction raises.
     """
     corpus = open_corpus(folder)
 
@@ -30,9 +32,15 @@ def temporary_store(folder: Path, run: Path, wanted: set[str] | None, overrides:
             if wanted is None or row.id in wanted:
                 yield row
 
-    if next(rows(), None) is None:
-        raise CorpusError(f"--images {folder}: none of its pictures is asked about.")
-    return _encode(replace(corpus, rows=rows), run, overrides or [])
+    if missing := sorted((wanted or set()) - {row.id for row in rows()}):
+        raise CorpusError(
+            f"--images {folder}: {len(missing)} of {len(wanted or ())} pictures that are asked about are not there "
+            f"(first: {', '.join(missing[:3])})."
+        )
+    store = _encode(replace(corpus, rows=rows), run, overrides or [])
+    if wanted and (dead := describe(store)["dead"]):
+        raise CorpusError(f"--images {folder}: {dead[0]['id']} cannot be used: {dead[0]['reason']}.")
+    return store
 
 
 def picture_store(pictures: list[Path], run: Path, overrides: list[str] | None = None) -> Path:

@@ -17,24 +17,29 @@ PRESETS = ("tiny", "paper")
 OPEN = ("ablations.base", "ablations.variants", "ablations.benchmarks")  # whose keys a file may add to
 MAX_FILE_BYTES = 1_000_000
 
-Count = Annotated[int, Field(ge=1)]
-Whole = Annotated[int, Field(ge=0)]
+Count = Annotated[int, Field(ge=1, lt=2**63)]
+Whole = Annotated[int, Field(ge=0, lt=2**63)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]  # the narrowest of the generators that take one: numpy's legacy seed
 Share = Annotated[float, Field(ge=0, le=1)]
+Below1 = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(ge=0, lt=10)]
+Positive = Annotated[float, Field(gt=0)]
 Precision = Literal["fp32", "bf16", "fp16"]
-Triple = tuple[float, float, float]
+Mean = Annotated[tuple[float, float, float], Field(strict=False)]  # a list in YAML; its elements stay strict
+Std = Annotated[tuple[Positive, Positive, Positive], Field(strict=False)]
+Betas = Annotated[tuple[Below1, Below1], Field(strict=False)]
 
 
 class Section(BaseModel):
-    """A frozen part of the settings that refuses unknown keys."""
+    """A frozen part of the settings that refuses unknown keys, other types (true or '3' for a number), NaN and infinity."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class Corpus(Section):
     train: Count
     val: Count
-    val_fraction: Annotated[float, Field(ge=0, lt=1)]
+    val_fraction: Below1
     max_dead_fraction: Share
     max_image_pixels: Count
 
@@ -46,10 +51,16 @@ class Clip(Section):
     width: Count
     layers: Annotated[list[Count], Field(min_length=1)]
     tokens: Literal["all", "global"]
-    mean: Triple
-    std: Triple
+    mean: Mean
+    std: Std
     autocast: Precision
     batch: Count
+
+    @model_validator(mode="after")
+    def _layers_differ(self) -> "Clip":
+        if len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"layers ({', '.join(map(str, self.layers))}) must name each block once")
+        return self
 
     def only_global(self, layer: int) -> bool:
         """Whether a block is cached without its patches: only C is; the blocks of Table 5 stand for local features."""
@@ -60,11 +71,11 @@ class Mae(Section):
     weights: str
     width: Count
     patch: Count
-    mask_ratio: Annotated[float, Field(ge=0, lt=1)]
+    mask_ratio: Below1
     draws: Count
-    mask_seed: Whole
-    mean: Triple
-    std: Triple
+    mask_seed: Seed
+    mean: Mean
+    std: Std
     autocast: Precision
     batch: Count
 
@@ -73,7 +84,7 @@ class Store(Section):
     shard_rows: Count
     workers: Count
     views: Count
-    view_seed: Whole
+    view_seed: Seed
     dtype: Literal["fp16", "int8"]
     int8_max_rmse: Share
     cache_dir: str | None
@@ -98,7 +109,7 @@ class QFormerSettings(Section):
     queries: Count
     cross_every: Count
     projection: Count
-    dropout: Annotated[float, Field(ge=0, lt=1)]
+    dropout: Below1
     max_text: Annotated[int, Field(ge=4, le=512)]
     max_words: Count
 
@@ -120,7 +131,7 @@ class Dual(Section):
 class Local(Section):
     tokens: Literal["mae", "clip"]
     layer: Count
-    mask_ratio: Annotated[float, Field(ge=0, lt=1)] | None
+    mask_ratio: Below1 | None
     draws: Count | None = None
 
 
@@ -151,9 +162,9 @@ class Recipe(Section):
     min_lr: Rate
     warmup_lr: Rate
     warmup: Whole
-    betas: tuple[Share, Share]
+    betas: Betas
     weight_decay: Rate
-    clip_norm: Annotated[float, Field(gt=0)]
+    clip_norm: Positive
     precision: Precision
     accumulate: Count
     validate_every: Count
@@ -173,14 +184,14 @@ class Recipe(Section):
 
 
 class Stage1(Recipe):
-    label_smoothing: Annotated[float, Field(ge=0, lt=1)]
+    label_smoothing: Below1
     hard_negatives_after: Whole
     weights: Stage1Weights
 
 
 class Stage2(Recipe):
     max_text: Annotated[int, Field(ge=4, le=2048)]
-    mask_ratio: Annotated[float, Field(ge=0, lt=1)] | None
+    mask_ratio: Below1 | None
     weights: Stage2Weights
 
 
@@ -199,7 +210,7 @@ class Eval(Section):
     captions: Captions = Captions(min_new_tokens=8, max_new_tokens=30, length_penalty=1.0)
     batch: Count
     draw: Whole
-    mask_ratio: Annotated[float, Field(ge=0, lt=1)] | None
+    mask_ratio: Below1 | None
     split: Literal["train", "val", "all"]
 
     @model_validator(mode="after")
@@ -225,7 +236,7 @@ class Settings(Section):
     """All settings of one run; `dump` gives what is saved with it."""
 
     preset: str
-    seed: Whole
+    seed: Seed
     corpus: Corpus
     image_size: Count
     clip: Clip
@@ -297,7 +308,7 @@ def parse_yaml(text: str, where: str) -> Any:
         return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader
     except SettingsError as error:
         raise SettingsError(error.args[0] if where in error.args[0] else f"{where}: {error}") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError) as error:  # ValueError: a number of thousands of digits, a date
         raise SettingsError(f"{where}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
@@ -307,16 +318,18 @@ def stages_file() -> Path:
     return here / "stages.yaml" if (here / "stages.yaml").exists() else here.parent / "stages.yaml"
 
 
-def _merge(base: dict, over: dict, where: str, path: str = "") -> dict:
+def _merge(base: dict, over: Any, where: str, path: str = "") -> dict:
+    if not isinstance(over, dict):
+        what = f"{where}: {path.rstrip('.')}" if path else where
+        raise SettingsError(f"{what} is a section with the keys {', '.join(map(str, base))}.")
     merged = dict(base)
     for key, value in over.items():
         name = f"{path}{key}"
         if key not in base:
             raise SettingsError(f"{where}: unknown key {name!r}; allowed here: {', '.join(map(str, base))}.")
         if isinstance(base[key], dict) and name != "clip.kwargs":
-            if not isinstance(value, dict):
-                raise SettingsError(f"{where}: {name} is a section with the keys {', '.join(base[key])}.")
-            value = base[key] | value if name in OPEN else _merge(base[key], value, where, f"{name}.")
+            opened = name in OPEN and isinstance(value, dict)
+            value = base[key] | value if opened else _merge(base[key], value, where, f"{name}.")
         merged[key] = value
     return merged
 
@@ -368,14 +381,23 @@ def load_values(preset: str, config: Path | None, overrides: tuple[str, ...] | l
     """A preset with a file's and the command line's changes, keys checked and values not. Raises SettingsError."""
     if preset not in PRESETS:
         raise SettingsError(f"--preset {preset}: allowed are {' and '.join(PRESETS)}.")
-    values = parse_yaml(stages_file().read_text(encoding="utf-8"), "stages.yaml")[preset]
+    presets = parse_yaml(stages_file().read_text(encoding="utf-8"), "stages.yaml")
     if config is not None:
         if not config.is_file():
-            raise SettingsError(f"--config {config}: there is no such file.")
-        over = parse_yaml(config.read_text(encoding="utf-8", errors="replace"), str(config)) or {}
+            what = "this is a folder, not a YAML file" if config.is_dir() else "there is no such file"
+            raise SettingsError(f"--config {config}: {what}.")
+        over = parse_yaml(config.read_text(encoding="utf-8", errors="replace"), str(config))
+        over = {} if over is None else over
         if not isinstance(over, dict) or not set(over) <= set(PRESETS):
             raise SettingsError(f"{config}: the top level must hold only the presets {' and '.join(PRESETS)}.")
-        values = _merge(values, over.get(preset) or {}, str(config))
+        for name, part in over.items():
+            if part is not None:
+                presets[name] = _merge(presets[name], part, f"{config}: {name}")
+            if name != preset:  # a mistake there would stay hidden until that preset is used
+                settings_from(
+                    {k: v for k, v in presets[name].items() if k != "ablations"} | {"preset": name}, str(config)
+                )
+    values = presets[preset]
     for assignment in overrides:
         for tree in _override(assignment):
             values = _merge(values, tree, f"--set {assignment}")

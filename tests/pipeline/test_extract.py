@@ -14,10 +14,10 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import images, masks, store, upkeep
+from pipeline import cluster, images, masks, store, upkeep
 from pipeline.corpora import open_corpus
 from pipeline.extract import extract
-from xformer.errors import CorpusError, SettingsError, StoreError
+from xformer.errors import CorpusError, SettingsError, StoreError, WeightsError
 from xformer.settings import Settings, load_settings
 
 
@@ -120,9 +120,53 @@ def test_broken_files_become_dead_letters_and_keep_their_rows(tmp_path: Path) ->
     assert np.isfinite(array.read([dead - 1])).all()
 
 
-def test_too_many_dead_letters_stop_it(tmp_path: Path) -> None:
+def test_a_refused_extraction_leaves_no_store_and_its_mended_rerun_works(tmp_path: Path) -> None:
+    folder, path = broken_corpus(tmp_path), tmp_path / "s.zarr"
+    for name in ("text.png", "cut.png"):
+        (folder / name).write_bytes(b"")
+    with pytest.raises(CorpusError, match="max_dead_fraction.*first: cut.png: the file is empty"):
+        extract(open_corpus(folder), path, ["clip"], load_settings(), in_process=True)
+    assert not path.exists()
+    for override, error in (("clip.layers=[99]", WeightsError), ("store.views=3", SettingsError)):
+        with pytest.raises(error):
+            extract(open_corpus(folder), path, ["clip", "mae"], load_settings(overrides=[override]), in_process=True)
+        assert not path.exists()
+    for name in ("empty.jpg", "text.png", "cut.png"):
+        (folder / name).unlink()
+    assert extract(open_corpus(folder), path, ["clip"], load_settings(), in_process=True)["dead"] == []
+
+
+def test_what_is_committed_survives_a_refusal(tmp_path: Path) -> None:
+    folder, path = broken_corpus(tmp_path), tmp_path / "s.zarr"
     with pytest.raises(CorpusError, match="max_dead_fraction"):
-        extract(open_corpus(broken_corpus(tmp_path)), tmp_path / "s.zarr", ["clip"], load_settings(), in_process=True)
+        extract(open_corpus(folder), path, ["clip"], load_settings(), in_process=True)
+    more = load_settings(overrides=["corpus.max_dead_fraction=0.5"])
+    report = extract(open_corpus(folder), path, ["clip"], more, in_process=True)
+    assert report["encoders"]["clip"]["shards done before"] == 1 and len(report["dead"]) == 3
+
+
+def test_a_store_without_a_commit_is_planned_anew_and_one_with_a_commit_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, path = tmp_path / "pictures", tmp_path / "s.zarr"
+    folder.mkdir()
+    for i in range(3):
+        Image.new("RGB", (20, 30), (i, 0, 0)).save(folder / f"{i}.png")
+
+    def killed(*args):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(cluster, "run_here", killed)
+        with pytest.raises(KeyboardInterrupt):
+            extract(open_corpus(folder), path, ["mae"], load_settings(), in_process=True)
+    (folder / "0.png").unlink()
+    other = load_settings(overrides=["mae.mask_ratio=0.5", "mae.draws=1"])
+    assert extract(open_corpus(folder), path, ["mae"], other, in_process=True)["images"] == 2
+    assert store.FeatureStore(path).complete("mae/draw-0/tokens").read([0, 1]).shape == (2, 33, 96)
+    (folder / "1.png").unlink()
+    with pytest.raises(StoreError, match="another corpus"):
+        extract(open_corpus(folder), path, ["mae"], other, in_process=True)
 
 
 def test_features_that_are_not_finite_become_dead_letters(
@@ -172,6 +216,19 @@ def test_file_names_cannot_leave_the_picture_folder(tmp_path: Path) -> None:
         content = {"images": [{"id": 1, "file_name": name}], "annotations": []}
         (tmp_path / "c.json").write_text(json.dumps(content))
         with pytest.raises(CorpusError, match="leads out"):
+            list(open_corpus(tmp_path / "c.json", tmp_path).rows())
+
+
+def test_a_caption_file_with_a_null_a_doubled_or_an_unknown_image_is_refused(tmp_path: Path) -> None:
+    image = {"id": 7, "file_name": "a.png"}
+    for listed, annotations, words in (
+        ([image], [{"image_id": 7, "caption": None}], "caption of image 7 is null"),
+        ([{"id": 7, "file_name": 3}], [], "file_name of image 7 is 3"),
+        ([image, image], [], "image id 7 stands twice"),
+        ([image], [{"image_id": 8, "caption": "a cat"}], "image 8, which is not among"),
+    ):
+        (tmp_path / "c.json").write_text(json.dumps({"images": listed, "annotations": annotations}))
+        with pytest.raises(CorpusError, match=words):
             list(open_corpus(tmp_path / "c.json", tmp_path).rows())
 
 

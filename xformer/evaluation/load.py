@@ -71,7 +71,7 @@ def rows_of_images(cache: Cache, ids: list[str]) -> tuple[list[int], list[str | 
     if missing := sorted(wanted - set(place)):
         raise EvaluationError(
             f"{len(missing)} of {len(wanted)} images are not in {cache.store.path} (first: {', '.join(missing[:3])}); "
-            "extract them, or give --images."
+            "extract them, or give --images with a folder that holds them."
         )
     caption_rows, captions = index.captions()
     first: dict[int, str] = {}
