@@ -12,7 +12,7 @@ from pydantic import Field, ValidationError
 from xformer.errors import SettingsError
 from xformer.evaluation.suite import TITLES
 from xformer.model import MODELS
-from xformer.settings import Section, Settings, Whole, changed, load_values, settings_from
+from xformer.settings import Section, Seed, Settings, Whole, changed, load_values, settings_from
 
 # One cache serves all variants: what decides a feature may differ only where the cache holds several kinds of it.
 SHARED = ("clip", "mae", "store", "corpus", "image_size")
@@ -20,16 +20,19 @@ LATER = ("stage2", "finetune", "eval")  # sections that stage 1 does not read
 MEASURED = tuple(name for name in TITLES if name != "retrieval")
 
 
+File = Annotated[Path | None, Field(strict=False)]  # a text in YAML
+
+
 class BenchmarkFiles(Section):
     """Files of a benchmark; without them those of the shapes corpus. `images` are extracted into a store of their own."""
 
-    questions: Path | None = None
-    annotations: Path | None = None
-    images: Path | None = None
+    questions: File = None
+    annotations: File = None
+    images: File = None
 
 
 class Quick(Section):
-    seeds: Annotated[list[Whole], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
     variants: list[str]
     limit: Whole
 
@@ -37,7 +40,7 @@ class Quick(Section):
 class Ablations(Section):
     """What is compared, over which seeds, by which benchmarks. A null takes a predefined entry out."""
 
-    seeds: Annotated[list[Whole], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
     limit: Whole
     quick: Quick
     base: dict[str, Any]
