@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline import cluster, encode, fidelity, images, masks, places, provenance, store, upkeep
+from pipeline import cluster, encode, fidelity, images, masks, objects, places, provenance, store, upkeep
 from pipeline.corpora import Corpus, open_corpus
 from pipeline.index import Index
 from pipeline.write_index import write_index
@@ -128,7 +128,8 @@ def plan_index(path: Path, corpus: Corpus, settings: Settings, limit: int | None
 @contextmanager
 def _taken_back(path: Path) -> Iterator[None]:
     """Where an extraction is refused that made the store and committed nothing, no store is left behind."""
-    fresh = places.children(path) == ([], [])
+    files, folders = places.children(path)
+    fresh = not folders and set(files) <= {objects.LEASE_NAME}
     try:
         yield
     except (CorpusError, SettingsError, WeightsError):

@@ -1,6 +1,7 @@
 """`xformer store merge`: several partial stores of one corpus into one, by copying committed shards byte for byte.
 
-Machines that share no file system extract into stores of their own, other encoders, draws or shards of the same corpus.
+Machines that share no file system extract into stores of their own (folders or s3://, in any combination), other
+encoders, draws or shards of the same corpus.
 What a store is copied from must have the same row order over the same image bytes, and arrays made in the same way; the
 field that differs is named, and nothing is copied. A shard that the target has already is kept. Every copied shard is
 compared with its commit record first, and its record is published last, so a killed merge is run again.
@@ -8,14 +9,12 @@ compared with its commit record first, and its record is published last, so a ki
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
 from pipeline import commits, encode, places, upkeep
 from pipeline.reader import shard_file
 from pipeline.store import FeatureStore, array_names, first_difference, owner
-from xformer import publish
 from xformer.console import progress
 from xformer.errors import StoreError
 
@@ -26,19 +25,17 @@ def merge(target: Path, sources: list[Path]) -> dict[str, Any]:
     Returns shards and bytes copied, shards kept, and what is still missing by array. Raises: StoreError where a source is
     no store, belongs to another corpus or encoder, or holds a damaged shard.
     """
-    if any(places.is_object(place) for place in (target, *sources)):
-        raise StoreError("merge copies between stores of this machine's file systems; copy those of s3:// here first.")
     opened = [FeatureStore(source) for source in sources]
-    if any(source.resolve() == target.resolve() for source in sources):
-        raise StoreError(f"{target} cannot be merged into itself.")
+    if any(places.absolute(source) == places.absolute(target) for source in sources):
+        raise StoreError(f"{places.shown(target)} cannot be merged into itself.")
     with owner(target):
-        if not (target / "index/index.json").is_file():
+        if not places.exists(target / "index/index.json"):
             _begin(target, sources[0])
         for source in sources:
             _refuse_other(target, source)
-        report: dict[str, Any] = {"store": str(target), "copied": 0, "bytes": 0, "kept": 0}
+        report: dict[str, Any] = {"store": places.shown(target), "copied": 0, "bytes": 0, "kept": 0}
         todo = [(s, name) for s in sources for name in array_names(s)]
-        with progress(f"merge into {target}", len(todo) * opened[0].index.shards, "shards") as bar:
+        with progress(f"merge into {places.shown(target)}", len(todo) * opened[0].index.shards, "shards") as bar:
             for source, name in todo:
                 _copy(target, source, name, report)
                 bar.advance(opened[0].index.shards)
@@ -51,24 +48,25 @@ def merge(target: Path, sources: list[Path]) -> dict[str, Any]:
 
 
 def _begin(target: Path, source: Path) -> None:
-    """A new store with the source's row order."""
-    target.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(target / "index", ignore_errors=True)  # of a merge that did not get far
-    with publish.directory(target / "index") as partial:
-        shutil.copytree(source / "index", partial, dirs_exist_ok=True)
-    publish.write_bytes(target / "zarr.json", (source / "zarr.json").read_bytes())
+    """A new store with the source's row order; index.json comes last, it says that the index is whole."""
+    places.remove_folder(target / "index")  # of a merge that did not get far
+    files = sorted(places.walk(source / "index"), key=lambda file: (file.name == "index.json", file))
+    for file in (source / "zarr.json", *files):
+        places.copy(file, target / file.relative_to(source))
 
 
 def _refuse_other(target: Path, source: Path) -> None:
     """Raises StoreError where two stores do not belong together, before anything is copied."""
     have, want = (_index_of(path) for path in (target, source))
     if difference := first_difference(have, want):
-        raise StoreError(f"{source} has other rows than {target}: {difference}.".replace(" there ", " in the target "))
+        said = difference.replace(" there ", " in the target ")
+        raise StoreError(f"{places.shown(source)} has other rows than {places.shown(target)}: {said}.")
     for name in set(array_names(target)) & set(array_names(source)):
         have, want = (_made(path, name) for path in (target, source))
         if difference := first_difference(have, want):
             said = difference.replace(" there ", " in the target ")
-            raise StoreError(f"{source}: {name} was made in another way than in {target}: {said}.")
+            at, to = places.shown(source), places.shown(target)
+            raise StoreError(f"{at}: {name} was made in another way than in {to}: {said}.")
 
 
 def _index_of(path: Path) -> dict[str, Any]:
@@ -76,14 +74,14 @@ def _index_of(path: Path) -> dict[str, Any]:
     another version of its library writes in another way."""
     if damaged := FeatureStore(path).index.damaged():
         raise StoreError("; ".join(damaged))
-    description = json.loads((path / "index/index.json").read_text(encoding="utf-8"))
+    description = json.loads(places.read(path / "index/index.json"))
     hashes = {f"images {k}": v for k, v in description.pop("sha256", {}).items() if k.startswith("c/")}
     return description.pop("corpus") | description | hashes
 
 
 def _made(path: Path, name: str) -> dict[str, Any]:
     """Everything that must agree for two arrays to be one: identity, usage, int8 scales, and the Zarr metadata."""
-    content = json.loads((path / name / "zarr.json").read_text(encoding="utf-8"))
+    content = json.loads(places.read(path / name / "zarr.json"))
     attributes = content.pop("attributes")
     attributes.pop("fingerprint")  # of the identity, whose first field that differs says more
     return attributes.pop("identity") | attributes.pop("usage") | attributes | content
@@ -91,31 +89,38 @@ def _made(path: Path, name: str) -> dict[str, Any]:
 
 def _copy(target: Path, source: Path, name: str, report: dict[str, Any]) -> None:
     have, records = commits.committed(target, name), commits.committed(source, name)
-    metadata = (source / name / "zarr.json").read_bytes()
-    if not (target / name / "zarr.json").is_file():
+    metadata = places.read(source / name / "zarr.json")
+    if not places.exists(target / name / "zarr.json"):
         for folder in Path(name).parents:  # the groups above it, for any Zarr reader
-            if (group := source / folder / "zarr.json").is_file() and not (target / folder / "zarr.json").is_file():
-                publish.write_bytes(target / folder / "zarr.json", group.read_bytes())
-        publish.write_bytes(target / name / "zarr.json", metadata)
+            if places.exists(source / folder / "zarr.json") and not places.exists(target / folder / "zarr.json"):
+                places.copy(source / folder / "zarr.json", target / folder / "zarr.json")
+        places.write(target / name / "zarr.json", metadata)
     ndim = len(json.loads(metadata)["shape"])
     for shard, record in sorted(records.items()):
         if shard in have:
             report["kept"] += 1
             continue
         file = shard_file(source, name, shard, ndim)
-        content = file.read_bytes() if file.is_file() else b""
+        try:
+            content = places.read(file)
+        except FileNotFoundError:
+            content = b""
         if hashlib.sha256(content).hexdigest() != record["sha256"]:
-            raise StoreError(f"{file} is damaged; run: xformer store verify {source} --repair, then merge again.")
-        publish.write_bytes(shard_file(target, name, shard, ndim), content)
-        publish.write_exclusive(commits.commit_file(target, name, shard), (json.dumps(record) + "\n").encode())
+            at = places.shown(source)
+            raise StoreError(
+                f"{places.shown(file)} is damaged; run: xformer store verify {at} --repair, then merge again."
+            )
+        places.write(shard_file(target, name, shard, ndim), content)
+        places.write_exclusive(commits.commit_file(target, name, shard), (json.dumps(record) + "\n").encode())
         report["copied"] += 1
         report["bytes"] += len(content)
 
 
 def _provenance(target: Path, source: Path) -> None:
     """How each encoder's features were made, and the images that crashed an encoding process."""
-    for file in (source / "index").glob("made-*.json"):
-        if not (target / "index" / file.name).is_file():
-            publish.write_bytes(target / "index" / file.name, file.read_bytes())
+    for name in places.children(source / "index")[0]:
+        if name.startswith("made-") and not places.exists(target / "index" / name):
+            places.copy(source / "index" / name, target / "index" / name)
     if crashed := encode.crashed(source):
-        publish.write_json(encode.crashed_file(target), crashed | encode.crashed(target))
+        known = json.dumps(crashed | encode.crashed(target), indent=2)
+        places.write(encode.crashed_file(target), f"{known}\n".encode())

@@ -60,6 +60,18 @@ def write(path: Path, content: bytes | memoryview) -> None:
         publish.write_bytes(path, content)
 
 
+def copy(source: Path, target: Path) -> None:
+    """Copies a file or object of any size, from wherever to wherever; it appears whole."""
+    if is_object(source):
+        with tempfile.TemporaryDirectory() as folder:
+            objects.download(source, Path(folder) / source.name)
+            copy(Path(folder) / source.name, target)
+    elif is_object(target):
+        objects.upload(source, target)
+    else:
+        publish.copy(source, target)
+
+
 def write_exclusive(path: Path, content: bytes) -> bool:
     """Publishes a file or object unless it exists; returns whether this call did it."""
     return objects.create(path, content) if is_object(path) else publish.write_exclusive(path, content)

@@ -37,6 +37,22 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
     fsync_path(path.parent)
 
 
+def copy(source: Path, target: Path) -> None:
+    """Copies a file of any size; it appears whole."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
+    os.close(handle)
+    try:
+        shutil.copyfile(source, name)
+        fsync_path(Path(name))
+        os.chmod(name, 0o644)
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    fsync_path(target.parent)
+
+
 def write_exclusive(path: Path, content: bytes) -> bool:
     """Publishes `path` durably unless it exists already; returns whether this call did it."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from pipeline.corpora import open_corpus
 from pipeline.extract import extract
 from pipeline.store import FeatureStore
 from tests.pipeline.test_extract import shards
-from xformer.errors import StoreError
+from xformer.errors import CorpusError, StoreError
 from xformer.settings import Settings
 
 pytest.importorskip("obstore")
@@ -156,6 +156,22 @@ def test_info_verify_and_training_from_it(
         for out in ("far", "near")
     ]
     assert losses[0] == losses[1] and len(losses[0]) >= 4
+
+
+def test_merging_there_and_back_gives_the_same_bytes(remote: Path, features: Path, tmp_path: Path) -> None:
+    there, back = "s3://bucket/merged/store.zarr", tmp_path / "back.zarr"
+    main(["store", "merge", there, str(features), "s3://bucket/made/store.zarr"])
+    main(["store", "merge", str(back), there])
+    assert upkeep.verify(Path(there)) == [] and shards(back) == shards(features)
+
+
+def test_a_refused_extraction_leaves_no_object(server: Server, tmp_path: Path, settings: Settings) -> None:
+    (tmp_path / "pictures").mkdir()
+    for name in "abc":
+        (tmp_path / f"pictures/{name}.png").write_bytes(b"")
+    with pytest.raises(CorpusError, match="unusable"):
+        extract(open_corpus(tmp_path / "pictures"), Path("s3://bucket/no.zarr"), ["clip"], settings, in_process=True)
+    assert not places.walk(Path("s3://bucket/no.zarr"))
 
 
 def test_rows_come_by_range_and_then_from_the_cache(
