@@ -34,7 +34,7 @@ class LocalCache:
     budget: int = BUDGET
 
     def __post_init__(self) -> None:
-        self.removed: list[Path] = []  # evicted files; who has them mapped lets go of them, which frees the disk
+        self.removed: list[Path] = []  # evicted files; who has them open closes them, which frees the disk
         self.root = self.folder or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "xformer"
 
     def shard(self, place: Path, size: int, sha256: str, footer: int) -> Path:

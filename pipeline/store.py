@@ -17,9 +17,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import google_crc32c
 import numpy as np
 import zarr
+from awscrt.checksums import crc32c
 from zarr.codecs import Crc32cCodec
 from zarr.storage import MemoryStore
 
@@ -158,7 +158,7 @@ def shard_bytes(block: np.ndarray, shard_rows: int) -> memoryview:
 
 
 def _crc32c(content: np.ndarray) -> np.ndarray:
-    return np.array([google_crc32c.value(content)], "<u4").view(np.uint8)  # type: ignore[arg-type]
+    return np.array([crc32c(content)], "<u4").view(np.uint8)  # type: ignore[arg-type]
 
 
 def write_shard(

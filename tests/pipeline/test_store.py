@@ -1,15 +1,19 @@
 """The store: exact bytes in, exact bytes out, and an error wherever a row is not there."""
 
+import os
 import random
 import shutil
 import struct
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import zarr
 
-from pipeline import commits, store, upkeep
+from pipeline import commits, reader, store, upkeep
 from pipeline.index import Index
 from xformer.errors import StoreError
 
@@ -67,6 +71,31 @@ def test_a_cut_shard_gives_an_error_and_never_zeros(features: Path, tmp_path: Pa
     shard(path).write_bytes(content[: int(len(content) * part)])
     with pytest.raises(StoreError, match="damaged"):
         store.FeatureStore(path).complete("clip/5/tokens").read([40])
+
+
+def test_a_shard_that_is_cut_while_it_is_open_gives_an_error(features: Path, tmp_path: Path) -> None:
+    path = copy(features, tmp_path)
+    array = store.FeatureStore(path).complete("clip/5/tokens")
+    array.read([40])
+    os.truncate(shard(path), shard(path).stat().st_size // 2)
+    with pytest.raises(StoreError, match="row 63 fails its crc32c"):
+        array.read([63])
+    assert array.read([32]).any()
+
+
+def test_open_files_are_bounded_and_closed(features: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def opened() -> int:
+        return sum(file.path.startswith(str(features)) for file in psutil.Process().open_files())
+
+    monkeypatch.setattr(reader, "OPEN_SHARDS", 2)
+    monkeypatch.setattr(reader, "_open", OrderedDict())  # other tests' arrays stay out of the count
+    before, array = opened(), store.FeatureStore(features).complete("clip/5/tokens")
+    with ThreadPoolExecutor(4) as pool:
+        wanted = np.random.default_rng(0).permutation(128)
+        np.testing.assert_array_equal(array.read(wanted, None, pool), array.read(np.arange(128))[wanted])
+    assert opened() == before + 2
+    del array
+    assert opened() == before
 
 
 def test_a_missing_shard_or_inner_chunk_gives_an_error(features: Path, tmp_path: Path) -> None:
