@@ -1,7 +1,7 @@
 """Ratios measured side by side in one run: start-up, memory of an extraction, and reading shuffled rows.
 
-python -m benchmarks [start] [memory] [reader] [scale] [extraction] [plan] [step] [fed] [scoring] [queries] [online]
-    [--json FILE]
+python -m benchmarks [start] [memory] [reader] [scale] [extraction] [plan] [step] [fed] [scoring] [queries]
+    [online [stage1] [stage2] [overhead]] [--json FILE]
 """
 
 import json
@@ -95,22 +95,30 @@ def online() -> dict:
     """Training steps from the cache against both encoders online, and our loop against a bare one."""
     from benchmarks.online import PARTS as parts
 
-    return {name: run() for name, run in parts.items()}
+    return {name: parts[name]() for name in [n for n in ONLINE if n in sys.argv] or ONLINE}
 
 
 PARTS = {
     "start": start, "memory": memory, "reader": reader, "scale": scale, "extraction": extraction, "plan": planned,
     "step": step, "fed": fed, "scoring": scoring, "queries": queries, "online": online,
 }  # fmt: skip
+ONLINE = ("stage1", "stage2", "overhead")  # parts of `online`
 
 
 def main() -> None:
-    words = sys.argv[1:]
-    file = words[words.index("--json") + 1] if "--json" in words else None
-    chosen = [name for name in PARTS if name in words] or list(PARTS)
-    report = {name: PARTS[name]() for name in chosen}
-    if file:
-        Path(file).write_text(json.dumps(report, indent=2) + "\n")
+    words, file = sys.argv[1:], None
+    if "--json" in words:
+        place = words.index("--json")
+        file = Path(words[place + 1])
+        del words[place : place + 2]
+    if unknown := sorted(set(words) - {*PARTS, *ONLINE}):
+        raise SystemExit(f"there is no benchmark {unknown[0]!r}; there are {', '.join(PARTS)}.")
+    report = {}
+    for name in [name for name in PARTS if name in words] or PARTS:
+        report[name] = PARTS[name]()
+        if file is not None:  # after each, so that what was measured stays if a later one is stopped
+            file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    if file is not None:
         say(f"figures in {file}")
 
 

@@ -1,18 +1,17 @@
 """What the cache buys and what our loop costs, as ratios measured side by side in one run.
 
-python -m benchmarks.online [stage1] [stage2] [overhead] [--json FILE]
+python -m benchmarks online [stage1] [stage2] [overhead] [--json FILE]
 
 A step from the cache against the same step with both encoders run online on the same images: widths and token counts are
 the paper's, weights random. On two CPU cores every depth is a third of the paper's (ViT-g 13 of 39 blocks, MAE encoder 11
 of 32, Q-Former 4 of 12, MAE decoder 3 of 8, OPT-2.7b 11 of 32 layers) and so are the vocabularies, so that the parts
-keep their proportions; with a GPU they are whole and the batch is 64. Beside each measured ratio stands the one from
-operation counts of the same models (torch.utils.flop_counter). Processor time is the fairer figure where other work runs
-on the machine. `overhead` replays the very tensors that a real tiny run trained on in a bare loop.
+keep their proportions; with a GPU they are whole and the batch is 64. The compared steps take turns. Beside each measured
+ratio stands the one from operation counts of the same models (torch.utils.flop_counter), and that of the whole depths.
+Processor time is the fairer figure where other work runs on the machine. `overhead` has a real tiny run and a bare loop
+take turns on the very same tensors.
 """
 
-import json
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -21,11 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import step as formulation
 from xformer.console import say, set_quiet, table
 from xformer.model import Batch, Stage1, build_xformer
+from xformer.operations import PASSES, count, encoder_operations
+from xformer.optimiser import make_optimizer
 from xformer.params import VIT_MAE_HUGE, llm_config
 from xformer.settings import load_settings
 from xformer.stage2 import Stage2
@@ -75,15 +77,16 @@ def longest(batch: Batch, tokens: int) -> Batch:
     return Batch(**vars(batch) | {"ids": ids, "mask": mask})
 
 
-def measure(steps: dict[str, Callable[[], Tensor]]) -> dict[str, dict[str, Any]]:
-    """Forward and backward of each step: FLOP once, then alternating rounds of wall and processor seconds."""
+def measure(part: str, steps: dict[str, Callable[[], Tensor]]) -> dict[str, dict[str, Any]]:
+    """Forward and backward of each step: FLOP once, which warms up, then rounds of wall and processor seconds."""
     found: dict[str, dict[str, Any]] = {}
     for name, run in steps.items():
+        say(f"{part}: counting the operations of {name}")
         attention = torch.nn.attention.SDPBackend.MATH
         with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(attention):
             run().backward()
         found[name] = {"flop": counter.get_total_flops(), "seconds": [], "processor": []}
-    for _ in range(ROUNDS):
+    for number in range(1, ROUNDS + 1):
         for name, run in steps.items():
             began, worked = time.perf_counter(), time.process_time()
             run().backward()
@@ -91,36 +94,51 @@ def measure(steps: dict[str, Callable[[], Tensor]]) -> dict[str, dict[str, Any]]
                 torch.cuda.synchronize()
             found[name]["seconds"].append(time.perf_counter() - began)
             found[name]["processor"].append(time.process_time() - worked)
+        took = ", ".join(f"{name} {values['seconds'][-1]:.2f}" for name, values in found.items())
+        say(f"{part}: round {number} of {ROUNDS}, seconds: {took}")
     return found
 
 
-def ratios(found: dict[str, dict[str, Any]], pairs: dict[str, tuple[str, str]]) -> list[dict[str, Any]]:
+def ratios(
+    found: dict[str, dict[str, Any]], pairs: dict[str, tuple[str, str]], whole: dict[str, float]
+) -> list[dict[str, Any]]:
     """Of each pair (slow, fast): measured as the median over neighbouring rounds, its spread, and by operation counts."""
     rows = []
     for name, (slow, fast) in pairs.items():
         a, b = found[slow], found[fast]
-        each = sorted(x / y for x, y in zip(a["seconds"], b["seconds"], strict=True))
-        processor = statistics.median(x / y for x, y in zip(a["processor"], b["processor"], strict=True))
-        counted, measured = a["flop"] / b["flop"], statistics.median(each)
-        best = measured if GPU else processor
+        wall, processor = (sorted(x / y for x, y in zip(a[k], b[k], strict=True)) for k in ("seconds", "processor"))
+        counted = a["flop"] / b["flop"]
         rows.append(
-            {"name": name, "wall": measured, "lowest": each[0], "highest": each[-1], "processor": processor,
-             "operation_counts": counted, "measured_share": best / counted}
+            {"name": name, "wall": statistics.median(wall), "lowest": wall[0], "highest": wall[-1],
+             "processor": statistics.median(processor), "operations": counted,
+             "wall_of_operations": statistics.median(wall) / counted,
+             "processor_of_operations": statistics.median(processor) / counted, "operations_whole_depth": whole.get(name)}
         )  # fmt: skip
     return rows
 
 
 def show(title: str, found: dict[str, dict[str, Any]], rows: list[dict[str, Any]]) -> dict[str, Any]:
     timed = [
-        (name, statistics.median(f["seconds"]), statistics.median(f["processor"]), f["flop"] / BATCH / 1e9)
+        (name, statistics.median(f["seconds"]), statistics.median(f["processor"]), f["flop"] / BATCH / 1e9,
+         f["flop"] / statistics.median(f["seconds"]) / 1e9)
         for name, f in found.items()
-    ]
-    table(title, ("step", "seconds", "processor s", "GFLOP per image"), timed)
-    heads = ("slow : fast", "wall", "lowest", "highest", "processor", "by operations", "of that")
-    keys = ("name", "wall", "lowest", "highest", "processor", "operation_counts", "measured_share")
+    ]  # fmt: skip
+    table(title, ("step", "seconds", "processor s", "GFLOP per image", "GFLOP per second"), timed)
+    heads = ("slow : fast", "wall", "lowest", "highest", "processor", "by operations", "wall of that",
+             "processor of that", "by operations, whole depth")  # fmt: skip
     table(f"ratios; of that: measured over operations, at least {MEASURED} is asked for", heads,
-          [tuple(row[key] for key in keys) for row in rows])  # fmt: skip
+          [tuple(row.values()) for row in rows])  # fmt: skip
     return {"batch": BATCH, "depth_share": f"1/{SHARE}", "device": str(DEVICE), "steps": found, "ratios": rows}
+
+
+def whole_depth(text: int, stage: str) -> float:
+    """Online : cached by operation counts at the paper's whole depths, with `text` tokens."""
+    settings = load_settings("paper", overrides=["qformer.dropout=0"])
+    encoders = encoder_operations(settings)
+    with torch.device("meta"):
+        _, run = PASSES[stage](settings, "xformer", encoders["clip_tokens"], 30523)
+        cached = count(lambda: run(2, text), True) / 2
+    return (cached + encoders["clip"] + encoders["mae"]) / cached
 
 
 def moved(batch: Batch) -> Batch:
@@ -144,14 +162,16 @@ def stage1() -> dict[str, Any]:
         return once
 
     found = measure(
+        "stage1",
         {
             "cached, 16 tokens": run(short, False),
             "online, 16 tokens": run(short, True),
             "cached, 32 tokens": run(long, False),
             "online, 32 tokens": run(long, True),
             "LAVIS's step online": run(long, True, as_lavis=True),
-        }
+        },
     )
+    whole = {f"ours online : ours cached, {text} tokens": whole_depth(text, "stage 1") for text in (16, 32)}
     rows = ratios(
         found,
         {
@@ -160,6 +180,7 @@ def stage1() -> dict[str, Any]:
             "LAVIS online : ours cached, 32 tokens": ("LAVIS's step online", "cached, 32 tokens"),
             "LAVIS online : ours cached, 16 tokens": ("LAVIS's step online", "cached, 16 tokens"),
         },
+        whole,
     )
     where = "whole" if SHARE == 1 else f"1/{SHARE} of the paper's"
     return show(f"stage-1 step, paper widths, depth {where}, batch {BATCH}, {DEVICE}", found, rows)
@@ -201,18 +222,22 @@ def stage2() -> dict[str, Any]:
 
         return once
 
-    found = measure({"cached": run(False), "online": run(True)})
-    rows = ratios(found, {"online : cached": ("online", "cached")})
+    found = measure("stage2", {"cached": run(False), "online": run(True)})
+    rows = ratios(found, {"online : cached": ("online", "cached")}, {"online : cached": whole_depth(TEXT2, "stage 2")})
     where = "whole" if SHARE == 1 else f"1/{SHARE} of OPT-2.7b's and the paper's"
     return show(f"stage-2 step, {32 + TEXT2} tokens, depth {where}, batch {BATCH}, {DEVICE}", found, rows)
 
 
-STEPS, WARM, RUNS = 24, 4, 3
+BLOCK, BLOCKS, WARM = 5, 12, 2  # steps from one line of the log to the next; blocks that count; blocks before them
 
 
 def overhead() -> dict[str, Any]:
-    """Seconds from one forward pass to the next: in `xformer train` on a real store, with log, tracker, monitor, reader and
-    clipping, and in a bare forward, backward and optimiser step on the very tensors that this run read."""
+    """A step of `xformer train` on a real store, with log, tracker, monitor, reader and clipping, against a bare forward,
+    backward and optimiser step on the very tensors that it has just read.
+
+    They take turns within one run: the bare step comes after the loop's update, when its reader is idle, and is left out
+    of the loop's time. A block ends with a line of the log; checkpoints and validation are not counted.
+    """
     from pipeline.corpora import open_corpus
     from pipeline.extract import extract
     from pipeline.shapes import write_shapes
@@ -220,71 +245,74 @@ def overhead() -> dict[str, Any]:
     from xformer.text import TextTokenizer
     from xformer.train import train_stage1
 
-    quiet = ["train.log_every=5", "train.validate_every=1000", "train.save_every=1000", "stage1.validate_batches=1"]
-    settings = load_settings(overrides=[f"train.max_steps={STEPS}", *quiet])
+    steps = BLOCK * (WARM + BLOCKS) + 1
+    quiet = [f"train.log_every={BLOCK}", "train.validate_every=1000", "train.save_every=1000"]
+    settings = load_settings(overrides=[f"train.max_steps={steps}", "stage1.validate_batches=1", *quiet])
     text = settings.qformer
-    seen: list[tuple[Batch, bool]] = []
-    at: list[tuple[float, float]] = []
+    tokenizer = TextTokenizer(text.text, text.max_text, text.max_words)
+    model = build_stage1(settings, "xformer", tokenizer.vocabulary, tokenizer.begin).to(DEVICE)
+    optimizer = make_optimizer(model, settings.stage1)
+    given: list[Any] = []  # the last arguments of the loop's model
+    times: dict[str, list[tuple[float, float]]] = {"xformer train": [], "bare loop": []}
+    at: list[tuple[float, float]] = []  # when the loop went on
 
-    def entered(module: nn.Module, given: tuple) -> None:
+    def now() -> tuple[float, float]:
+        if GPU:
+            torch.cuda.synchronize()
+        return time.perf_counter(), time.process_time()
+
+    def entered(module: nn.Module, arguments: tuple) -> None:
         if isinstance(module, Stage1) and module.training:
-            at.append((time.perf_counter(), time.process_time()))
-            if len(seen) < STEPS:
-                held = {
-                    k: None if v is None else v.clone() for k, v in vars(given[0]).items()
-                }  # its memory is used again
-                seen.append((Batch(**held), given[1]))
+            given[:] = arguments
 
-    def per_step() -> tuple[float, float]:
-        found = tuple((at[-1][i] - at[WARM][i]) / (len(at) - 1 - WARM) for i in (0, 1))
-        at.clear()
-        return found[0], found[1]
+    def updated(other: torch.optim.Optimizer, *_: Any) -> None:
+        if other is optimizer:
+            return
+        began = now()
+        if at:
+            times["xformer train"].append((began[0] - at[0][0], began[1] - at[0][1]))
+        began = now()
+        optimizer.zero_grad()
+        found, _ = model(given[0], given[1], torch.Generator().manual_seed(len(times["bare loop"])))
+        torch.stack(list(found.values())).sum().backward()
+        optimizer.step()
+        ended = now()
+        if at:
+            times["bare loop"].append((ended[0] - began[0], ended[1] - began[1]))
+        at[:] = [now()]
 
-    def bare() -> None:
-        tokenizer = TextTokenizer(text.text, text.max_text, text.max_words)
-        model = build_stage1(settings, "xformer", tokenizer.vocabulary, tokenizer.begin).to(DEVICE)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-        for number, (batch, hard) in enumerate(seen):
-            optimizer.zero_grad()
-            found, _ = model(batch, hard, torch.Generator().manual_seed(number))
-            torch.stack(list(found.values())).sum().backward()
-            optimizer.step()
-
-    found: dict[str, list[tuple[float, float]]] = {"xformer train": [], "bare loop": []}
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(entered)
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
+        say("overhead: extracting a small store")
         write_shapes(work / "shapes", 400, 60, seed=0)
         set_quiet(True)
         extract(open_corpus(work / "shapes"), work / "s.zarr", ["clip", "mae"], settings, in_process=True)
-        for number in range(RUNS):
-            train_stage1([work / "s.zarr"], work / f"run{number}", settings, "xformer", resume=False)
-            found["xformer train"].append(per_step())
-            bare()
-            found["bare loop"].append(per_step())
         set_quiet(False)
-    hook.remove()
-    rows = [(name, *(statistics.median(v[i] for v in values) for i in (0, 1))) for name, values in found.items()]
-    table(f"a tiny stage-1 step, batch {settings.stage1.batch}, {STEPS - 1 - WARM} steps, {RUNS} runs each",
+        say(f"overhead: {steps} steps of each")
+        hooks = [
+            torch.nn.modules.module.register_module_forward_pre_hook(entered),
+            register_optimizer_step_post_hook(updated),
+        ]
+        set_quiet(True)
+        train_stage1([work / "s.zarr"], work / "run", settings, "xformer", resume=False)
+        set_quiet(False)
+        for hook in hooks:
+            hook.remove()
+
+    def blocks(name: str, kind: int) -> list[float]:
+        found = [sum(v[kind] for v in times[name][i : i + BLOCK]) for i in range(0, steps - 1, BLOCK)]
+        return found[WARM:]
+
+    rows = [(name, *(statistics.median(blocks(name, kind)) / BLOCK for kind in (0, 1))) for name in times]
+    table(f"a tiny stage-1 step, batch {settings.stage1.batch}, {BLOCKS} blocks of {BLOCK} steps",
           ("", "seconds", "processor s"), [(name, f"{a:.4f}", f"{b:.4f}") for name, a, b in rows])  # fmt: skip
-    pairs = list(zip(*found.values(), strict=True))
-    each = {kind: sorted(a[i] / b[i] - 1 for a, b in pairs) for i, kind in enumerate(("wall", "processor"))}
+    each = {
+        kind: sorted(a / b - 1 for a, b in zip(blocks("xformer train", i), blocks("bare loop", i), strict=True))
+        for i, kind in enumerate(("wall", "processor"))
+    }
     shown = [(k, f"{statistics.median(v):+.1%}", f"{v[0]:+.1%}", f"{v[-1]:+.1%}") for k, v in each.items()]
     table("overhead of the loop, at most 5% is asked for", ("", "median", "lowest", "highest"), shown)
-    return {"steps": found, "overhead": each}
+    return {"steps": times, "overhead": each}
 
 
 PARTS = {"stage1": stage1, "stage2": stage2, "overhead": overhead}
-
-
-def main() -> None:
-    words = sys.argv[1:]
-    file = Path(words[words.index("--json") + 1]) if "--json" in words else None
-    report = {name: PARTS[name]() for name in [p for p in PARTS if p in words] or PARTS}
-    if file:
-        file.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        say(f"figures in {file}")
-
-
-if __name__ == "__main__":
-    main()

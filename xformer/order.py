@@ -99,9 +99,10 @@ def refuse_weights(weights: list[float], sizes: list[int]) -> None:
     """Raises SettingsError where the weights do not fit the stores."""
     if weights and len(weights) != len(sizes):
         raise SettingsError(
-            f"data.weights has {len(weights)} numbers and --features {len(sizes)} stores; give one each."
+            f"data.weights: {len(weights)} given for {len(sizes)} --features; give each store one weight, in their order."
         )
-    if weights and (
-        min(weights) < 0 or sum(weights) == 0 or any(w and not s for w, s in zip(weights, sizes, strict=True))
-    ):
-        raise SettingsError("data.weights must not be negative, nor all 0, nor above 0 for a store without pairs.")
+    empty = any(weight and not size for weight, size in zip(weights, sizes, strict=False))
+    if weights and (min(weights) < 0 or not 0 < sum(weights) < float("inf") or empty):
+        raise SettingsError(
+            "data.weights must be finite, not negative, not all 0, and 0 for a store without pairs of the training split."
+        )

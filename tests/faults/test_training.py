@@ -186,7 +186,7 @@ def test_what_would_change_the_samples_is_refused(
     other = Path(shutil.copytree(features, tmp_path / "other.zarr"))
     with pytest.raises(SettingsError, match="pairs|stores"):
         train_stage1([features, other], stage1, load_settings(overrides=small), "xformer", resume=True)
-    for wrong, match in ((["train.batch=100000"], "there are .* pairs"), (["data.weights=[1,2]"], "2 numbers")):
+    for wrong, match in ((["train.batch=100000"], "there are .* pairs"), (["data.weights=[1,2]"], "2 given for 1")):
         with pytest.raises(SettingsError, match=match):
             changed = load_settings(overrides=[*small, *wrong])
             train_stage1([features], tmp_path / "run", changed, "xformer", resume=False)

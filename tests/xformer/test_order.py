@@ -56,7 +56,7 @@ def test_the_pairs_of_a_step_do_not_depend_on_the_number_of_processes(parts: int
 
 def test_weights_that_do_not_fit_are_refused() -> None:
     refuse_weights([], [3, 4])
-    for weights in ([1.0], [-1.0, 2.0], [0.0, 0.0]):
+    for weights in ([1.0], [-1.0, 2.0], [0.0, 0.0], [1.0, float("inf")]):
         with pytest.raises(SettingsError, match=r"data\.weights"):
             refuse_weights(weights, [3, 4])
     with pytest.raises(SettingsError, match="without pairs"):
