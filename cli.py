@@ -442,7 +442,9 @@ def _temporary(images: Path, run: Path, wanted: set[str] | None, overrides: list
 app.command("eval")(eval_command(_settings, _temporary))
 
 
-Checkpoint = Annotated[Path | None, typer.Option(help="A stage-2 run; left out, the newest in runs/.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="A stage-2 run, checkpoint, or saved model; left out, the newest in runs/.")
+]
 
 
 def _stage2(checkpoint: Path | None) -> Path:
@@ -499,7 +501,8 @@ def caption(
 def show(
     images: Annotated[list[Path], typer.Argument(help="Pictures, or a folder of them.")],
     checkpoint: Annotated[
-        Path | None, typer.Option(help="A run of either stage; left out, the newest in runs/.")
+        Path | None,
+        typer.Option(help="A run (of either stage), checkpoint, or saved model; left out, the newest in runs/."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for one PNG per picture.")] = Path("show"),
     set_: Set = None,

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 
 from pipeline.store import FeatureStore, first_misfit
-from pipeline.temporary import model_config, picture_store
+from pipeline.temporary import picture_store
 from xformer import publish
 from xformer.errors import CorpusError, StoreError
 from xformer.local import local_tokens, mask_ratio
+from xformer.saved import model_folder, read_config
 from xformer.settings import settings_from
 
 
@@ -17,7 +18,7 @@ class XFormerProcessor:
     """Runs the frozen encoders of a checkpoint over pictures, as its features were made."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.config = folder, model_config(folder)
+        self.folder, self.config = folder, read_config(model_folder(folder))
         self.settings = settings_from(self.config["settings"], str(folder))
 
     @classmethod

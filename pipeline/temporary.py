@@ -1,21 +1,19 @@
 """Answering from pictures: extract them into a temporary store, then do what is done on features. One path."""
 
 import atexit
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from pipeline.captioned import Row, image_id
 from pipeline.corpora import Corpus, open_corpus
 from pipeline.extract import extract
 from pipeline.store import describe
-from xformer.checkpoint import newest
 from xformer.errors import CorpusError
 from xformer.local import local_tokens, mask_ratio
+from xformer.saved import model_folder, read_config
 from xformer.settings import settings_from, with_overrides
 
 
@@ -63,14 +61,8 @@ def picture_store(pictures: list[Path], run: Path, overrides: list[str] | None =
     return _encode(Corpus("pictures", root, root, "", rows), run, ["corpus.max_dead_fraction=1.0", *(overrides or [])])
 
 
-def model_config(folder: Path) -> dict[str, Any]:
-    """config.json of a saved model, or of a run's newest checkpoint."""
-    file = folder / "config.json"
-    return json.loads((file if file.is_file() else newest(folder) / "config.json").read_text(encoding="utf-8"))
-
-
 def _encode(corpus: Corpus, run: Path, overrides: list[str]) -> Path:
-    config = model_config(run)
+    config = read_config(model_folder(run))
     settings, model = settings_from(config["settings"], str(run)), config["variant"]
     settings, layers = with_overrides(settings, overrides), settings.clip.layers[:1]
     local, ratio = local_tokens(settings, model), mask_ratio(settings, model, "eval")

@@ -38,6 +38,10 @@ def read_pth(file: Path) -> dict[str, Tensor]:
     if not isinstance(model, dict) or not all(isinstance(v, Tensor) for v in model.values()):
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise WeightsError(f"{file}: no tensors under the key 'model' (it holds {found[:200]}).")
+    if strange := next((key for key in (*content, *model) if not isinstance(key, str)), None):
+        raise WeightsError(
+            f"{file}: the key {strange!r} is a {type(strange).__name__}; LAVIS and MAE write only names."
+        )
     if unknown := sorted(set(content) - {"model", "optimizer", "config", "scaler", "epoch", "args", "iters"}):
         raise WeightsError(f"{file}: the key {unknown[0]!r} beside 'model' is none that LAVIS or MAE writes.")
     return model
@@ -56,8 +60,24 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
                 raise WeightsError(f"{index}: the file name {name!r} leads out of the folder.")
             tensors |= load_file(folder / name)
         return tensors
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise WeightsError(f"{folder}: {', '.join(names)} cannot be read: {error}") from None
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise WeightsError(f"{folder}: {', '.join(map(str, names))} cannot be read: {error}") from None
+
+
+def sizes(source: Path, tensors: dict[str, Tensor], key: str, wanted: tuple[int | str, ...]) -> tuple[int, ...]:
+    """The shape of a tensor that must have as many axes as `wanted`, none empty; words stand for sizes not yet known.
+
+    Raises: WeightsError with both shapes.
+    """
+    shape = tuple(tensors[key].shape)
+    if len(shape) != len(wanted) or 0 in shape:
+        raise WeightsError(f"{source}: {key} has shape {shape}, not ({', '.join(map(str, wanted))}).")
+    return shape
+
+
+def plain(value: Tensor) -> bool:
+    """Whether values can be read from a tensor: dense, with storage, of floating-point numbers."""
+    return value.is_floating_point() and value.layout == torch.strided and not (value.is_meta or value.is_nested)
 
 
 def account(
@@ -65,7 +85,8 @@ def account(
 ) -> Account:
     """Renames tensors by the first rule that matches the whole key.
 
-    Raises: WeightsError, which names the first key that no rule knows, that is missing, has another shape, or is not finite.
+    Raises: WeightsError, which names the first key that no rule knows, that is missing, of another shape or type, or not
+    finite.
     """
     found, unknown = Account(), []
     for key, value in tensors.items():
@@ -76,7 +97,7 @@ def account(
         elif ours is None or ours not in wanted:
             unknown.append(key)
         else:
-            found.tensors[ours], found.imported[key] = value.float(), ours
+            found.tensors[ours], found.imported[key] = value, ours
     if unknown:
         raise WeightsError(
             f"{source}: {len(unknown)} keys belong to no part of the model (first: {sorted(unknown)[0]})."
@@ -86,6 +107,10 @@ def account(
     for key, ours in found.imported.items():
         if tensors[key].shape != wanted[ours]:
             raise WeightsError(f"{source}: {key} has shape {tuple(tensors[key].shape)}, not {tuple(wanted[ours])}.")
-        if not tensors[key].isfinite().all():
-            raise WeightsError(f"{source}: {key} holds values that are NaN or infinite.")
+        if not plain(tensors[key]):
+            kind = f"{tensors[key].dtype}, {tensors[key].layout}, on {tensors[key].device}"
+            raise WeightsError(f"{source}: {key} is {kind}, not a plain tensor of floating-point numbers.")
+        found.tensors[ours] = tensors[key].float()  # first: what is finite may not be so in a shorter type
+        if not found.tensors[ours].isfinite().all():
+            raise WeightsError(f"{source}: {key} ({tensors[key].dtype}) is NaN or infinite in torch.float32.")
     return found

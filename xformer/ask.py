@@ -34,6 +34,8 @@ def _soft_prompt(stage2: Stage2, cache: Cache, rows: np.ndarray, settings: Setti
 
 def ask(run: Path, store: Path, picture: Path, question: str, overrides: list[str]) -> str:
     """Answers one question about the picture in row 0."""
+    if not question.strip():
+        raise EvaluationError(f"the question is {question!r}; ask something.")
     stage2, settings, cache, dead = _open(run, store, overrides)
     if dead:
         raise EvaluationError(f"{picture}: {dead[0]}.")

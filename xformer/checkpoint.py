@@ -189,10 +189,10 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_tensors(checkpoint: Path, name: str) -> dict[str, Tensor]:
-    """One safetensors file of a checkpoint. Raises CheckpointError where it is missing or damaged."""
+    """One safetensors file of a checkpoint or saved model. Raises CheckpointError where it is missing or damaged."""
     if not (checkpoint / name).is_file():
         raise CheckpointError(f"{checkpoint} holds no {name}.")
-    if reason := damage(checkpoint, name):
+    if (checkpoint / MARKER).is_file() and (reason := damage(checkpoint, name)):
         raise CheckpointError(f"{reason}; use an older one.")
     try:
         return load_file(checkpoint / name)
@@ -214,7 +214,9 @@ def fill(
     """Copies tensors into the trainables of `model`; without a prefix every tensor must have its place."""
     names = {name for name, p in model.named_parameters() if p.requires_grad}
     if not prefix and (extra := sorted(set(state) - names)):
-        raise CheckpointError(f"{checkpoint} holds {extra[0]}, which a model of these settings does not have.")
+        raise CheckpointError(
+            f"{checkpoint} holds {extra[0]}, which a model of its variant and settings does not have."
+        )
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if not parameter.requires_grad:
@@ -223,13 +225,18 @@ def fill(
             if key not in state:
                 if name in new:
                     continue
-                raise CheckpointError(f"{checkpoint} holds no {key}: it was trained with another model or settings.")
+                raise CheckpointError(f"{checkpoint} holds no {key}: it was trained with another variant or settings.")
             if state[key].shape != parameter.shape:
                 have, want = tuple(state[key].shape), tuple(parameter.shape)
                 raise CheckpointError(f"{checkpoint}: {key} has shape {have}, the settings ask for {want}.")
-            if not state[key].isfinite().all():
-                raise CheckpointError(f"{checkpoint}: {key} holds values that are NaN or infinite; use an older one.")
-            parameter.copy_(state[key])
+            if not state[key].is_floating_point():
+                raise CheckpointError(f"{checkpoint}: {key} is {state[key].dtype}, the model has {parameter.dtype}.")
+            value = state[key].to(parameter.dtype)  # first: what is finite may not be so in a shorter type
+            if not value.isfinite().all():
+                raise CheckpointError(
+                    f"{checkpoint}: {key} holds values that are NaN or infinite in {value.dtype}; use an older one."
+                )
+            parameter.copy_(value)
 
 
 def load_optimizer(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

@@ -1,5 +1,6 @@
 """BLIP-2 from LAVIS files and transformers folders: the paper's Q-Former baseline, and a warm start for X-Former."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from xformer import checkpoint
-from xformer.accounting import Account, Rules, account
+from xformer.accounting import Account, Rules, account, plain, sizes
 from xformer.errors import WeightsError
 from xformer.model import Stage1, build_xformer
 from xformer.settings import Settings
@@ -79,19 +80,20 @@ TRANSFORMERS_LEFT: Rules = [
 def _compare_sizes(source: Path, tensors: dict[str, Tensor], settings: Settings, prefix: str, inner: str) -> None:
     """Raises WeightsError that names the first setting in which a file is of another size, and both values."""
     q, layer = settings.qformer, f"{prefix}.encoder.layer."
-    shape = {key: tuple(value.shape) for key, value in tensors.items()}
-    cross = sorted({int(k[len(layer) :].split(".")[0]) for k in shape if k.startswith(layer) and "crossattention" in k})
-    key = f"{layer}0.crossattention.{inner}.key.weight"
-    for needed in ("query_tokens", key, f"{layer}0.intermediate_query.dense.weight"):
-        if needed not in shape:
+    numbered = [found for k in tensors if (found := re.match(rf"{re.escape(layer)}([0-9]+)\.(crossattention\.)?", k))]
+    cross = sorted({int(found[1]) for found in numbered if found[2]})
+    key, ffn = f"{layer}0.crossattention.{inner}.key.weight", f"{layer}0.intermediate_query.dense.weight"
+    for needed in ("query_tokens", key, ffn):
+        if needed not in tensors:
             raise WeightsError(f"{source}: {needed} is missing; this is no BLIP-2 Q-Former.")
+    _, queries, width = sizes(source, tensors, "query_tokens", (1, q.queries, q.width))
     found = {
-        "qformer.queries": (shape["query_tokens"][1], q.queries),
-        "qformer.width": (shape["query_tokens"][2], q.width),
-        "qformer.layers": (len({k[len(layer) :].split(".")[0] for k in shape if k.startswith(layer)}), q.layers),
-        "qformer.intermediate": (shape[f"{layer}0.intermediate_query.dense.weight"][0], q.intermediate),
+        "qformer.queries": (queries, q.queries),
+        "qformer.width": (width, q.width),
+        "qformer.layers": (len({found[1] for found in numbered}), q.layers),
+        "qformer.intermediate": (sizes(source, tensors, ffn, (q.intermediate, q.width))[0], q.intermediate),
         "qformer.cross_every": (cross[1] - cross[0] if len(cross) > 1 else q.cross_every, q.cross_every),
-        "clip.width": (shape[key][1], settings.clip.width),
+        "clip.width": (sizes(source, tensors, key, (q.width, settings.clip.width))[1], settings.clip.width),
     }
     for name, (theirs, ours) in found.items():
         if theirs != ours:
@@ -128,17 +130,18 @@ def import_blip2(
             f"{source}: {eyes[0]} belongs to a part that stays frozen here; only trained parts are imported."
         )
     _compare_sizes(source, tensors, settings, "Qformer.bert" if lavis else "qformer", "self" if lavis else "attention")
-    projection = tensors.get("opt_proj.weight" if lavis else "language_projection.weight")
-    stage = 1 if projection is None else 2
-    llm_width = 0 if projection is None else projection.shape[0]
-    words = tensors.get(f"{'Qformer.bert.' if lavis else ''}embeddings.word_embeddings.weight")
-    wanted = _wanted(settings, stage, 0 if words is None else len(words), llm_width)
+    projection, width = "opt_proj.weight" if lavis else "language_projection.weight", settings.qformer.width
+    stage = 2 if projection in tensors else 1
+    llm_width = sizes(source, tensors, projection, ("LLM width", width))[0] if stage == 2 else 0
+    words = f"{'Qformer.bert.' if lavis else ''}embeddings.word_embeddings.weight"
+    vocabulary = sizes(source, tensors, words, ("vocabulary", width))[0] if words in tensors else 0
+    wanted = _wanted(settings, stage, vocabulary, llm_width)
     new = {}
     if stage == 1 and not lavis:
         new = {n: "transformers has no ITG head" for n in wanted if n.startswith(f"{OURS}.head_")}
         new["temperature"] = "transformers drops it"
     for tied, original in TIED.items():
-        if tied in tensors and not (original in tensors and torch.equal(tensors[tied], tensors[original])):
+        if tied in tensors and not (original in tensors and _equal(tensors[tied], tensors[original])):
             raise WeightsError(f"{source}: {tied} differs from {original}; here both are one tensor.")
     needed = {n: shape for n, shape in wanted.items() if n not in new}
     rules, left = (LAVIS, LAVIS_LEFT) if lavis else (TRANSFORMERS, TRANSFORMERS_LEFT)
@@ -159,6 +162,10 @@ def import_blip2(
         raise WeightsError(f"--out {out} holds a run already; give another folder.")
     checkpoint.write(out, {"model": found.tensors}, state)
     return {"what": f"BLIP-2 stage {stage}", "imported": found.imported, "ignored": found.ignored, "new": found.new}
+
+
+def _equal(tied: Tensor, original: Tensor) -> bool:
+    return plain(tied) and plain(original) and tied.shape == original.shape and torch.equal(tied, original.to(tied))
 
 
 def _start_new(found: Account, wanted: dict[str, torch.Size]) -> None:

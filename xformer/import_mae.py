@@ -1,6 +1,7 @@
 """MAE's official checkpoints -> a transformers ViTMAE folder, with norm_pix_loss pinned beside the decoder it belongs to."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xformer import publish
-from xformer.accounting import Rules, account
+from xformer.accounting import Rules, account, sizes
 from xformer.errors import WeightsError
 
 HEADS = {512: 16, 768: 12, 1024: 16, 1280: 16}  # models_mae.py, by width
@@ -38,11 +39,15 @@ DECODER: Rules = [
 ]
 
 
-def _split(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """One qkv matrix becomes three."""
+def _split(source: Path, tensors: dict[str, Tensor], width: int, inner: int) -> dict[str, Tensor]:
+    """One qkv matrix becomes three; of encoder blocks as `width`, of decoder blocks as `inner` asks."""
     found = {}
     for key, value in tensors.items():
-        if ".attn.qkv." in key:
+        if matched := re.fullmatch(r"(decoder_)?blocks\.[0-9]+\.attn\.qkv\.(weight|bias)", key):
+            own = inner if matched[1] else width
+            wanted = (3 * own, own) if matched[2] == "weight" else (3 * own,)
+            if value.shape != wanted:
+                raise WeightsError(f"{source}: {key} has shape {tuple(value.shape)}, not {wanted}.")
             for name, part in zip("qkv", value.chunk(3), strict=True):
                 found[key.replace(".qkv.", f".{name}.")] = part
         else:
@@ -68,34 +73,41 @@ def import_mae(source: Path, tensors: dict[str, Tensor], out: Path, norm_pix: bo
     from safetensors.torch import save_file
     from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-    for needed in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight"):
-        if needed not in tensors:
-            raise WeightsError(f"{source}: {needed} is missing; this is no MAE.")
-    width, _, patch, _ = tensors["patch_embed.proj.weight"].shape
     whole = "mask_token" in tensors
-    inner = tensors["decoder_embed.weight"].shape[0] if "decoder_embed.weight" in tensors else 512
+    decoder = ("decoder_embed.weight", "decoder_blocks.0.mlp.fc1.weight") if whole else ()
+    for needed in ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", *decoder):
+        if needed not in tensors:
+            raise WeightsError(f"{source}: {needed} is missing; this is no {'whole ' * whole}MAE.")
+    width, _, patch, _ = sizes(source, tensors, "patch_embed.proj.weight", ("width", 3, "patch", "patch"))
+    _, places, _ = sizes(source, tensors, "pos_embed", (1, "1 + patches", width))
+    side = math.isqrt(places - 1)
+    if side == 0 or side * side != places - 1:
+        shape = tuple(tensors["pos_embed"].shape)
+        raise WeightsError(f"{source}: pos_embed has shape {shape}, not (1, 1 + a square of patches, {width}).")
+    inner = sizes(source, tensors, "decoder_embed.weight", ("decoder width", width))[0] if whole else 512
     for name, value in (("width", width), ("decoder width", inner)):
         if value not in HEADS:
             raise WeightsError(f"{source}: the {name} is {value}; MAE's official ones are {sorted(HEADS)}.")
 
     def depth(start: str) -> int:
-        return len({key.split(".")[1] for key in tensors if key.startswith(f"{start}.")})
+        return len({found[1] for key in tensors if (found := re.match(rf"{start}\.([0-9]+)\.", key))})
 
-    def hidden(start: str, default: int) -> int:
-        return tensors[f"{start}.0.mlp.fc1.weight"].shape[0] if f"{start}.0.mlp.fc1.weight" in tensors else default
+    def hidden(start: str, across: int) -> int:
+        return sizes(source, tensors, f"{start}.0.mlp.fc1.weight", ("hidden width", across))[0]
 
+    decoder_hidden = hidden("decoder_blocks", inner) if whole else 2048
     config = ViTMAEConfig(
-        image_size=math.isqrt(tensors["pos_embed"].shape[1] - 1) * patch, patch_size=patch, hidden_size=width,
-        num_hidden_layers=depth("blocks"), num_attention_heads=HEADS[width], intermediate_size=hidden("blocks", 4 * width),
+        image_size=side * patch, patch_size=patch, hidden_size=width,
+        num_hidden_layers=depth("blocks"), num_attention_heads=HEADS[width], intermediate_size=hidden("blocks", width),
         decoder_hidden_size=inner, decoder_num_hidden_layers=depth("decoder_blocks") if whole else 8,
-        decoder_num_attention_heads=HEADS[inner], decoder_intermediate_size=hidden("decoder_blocks", 2048),
+        decoder_num_attention_heads=HEADS[inner], decoder_intermediate_size=decoder_hidden,
         layer_norm_eps=1e-6, norm_pix_loss=normalised_pixels(source, norm_pix) if whole else False,
     )  # fmt: skip
     with torch.device("meta"):
         shapes = {k: v.shape for k, v in ViTMAEForPreTraining(config).state_dict().items()}
     wanted = {k: s for k, s in shapes.items() if whole or k.startswith("vit.")}
-    found = account(source, _split(tensors), ENCODER + (DECODER if whole else []), [], wanted)
-    if out.exists() and any(out.iterdir()):
+    found = account(source, _split(source, tensors, width, inner), ENCODER + (DECODER if whole else []), [], wanted)
+    if out.is_dir() and any(out.iterdir()):
         raise WeightsError(f"--out {out} is not empty; give another folder.")
     config.architectures = ["ViTMAEForPreTraining"]
     with publish.directory(out) as folder:

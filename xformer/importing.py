@@ -19,6 +19,8 @@ def import_weights(source: Path, out: Path, settings: Settings, norm_pix: bool |
 
     Raises: WeightsError, in one sentence, for anything else.
     """
+    if file := next((place for place in (out, *out.parents) if place.is_file()), None):
+        raise WeightsError(f"--out {out}: {file} is a file, not a folder; give a new folder.")
     if source.is_dir():
         report = _folder(source, out, settings)
     elif source.is_file():

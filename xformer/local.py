@@ -4,6 +4,7 @@ from typing import Literal
 
 from xformer.settings import Settings
 
+MODELS = ("xformer", "qformer", "concat", "early")
 Phase = Literal["stage1", "stage2", "eval"]
 
 

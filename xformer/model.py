@@ -20,8 +20,6 @@ from xformer.reconstruction import FrozenDecoder
 from xformer.settings import Settings
 from xformer.text import generation_labels
 
-MODELS = ("xformer", "qformer", "concat", "early")
-
 
 @dataclass
 class Batch:

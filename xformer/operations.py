@@ -115,7 +115,7 @@ def stage2_pass(settings: Settings, model: str, clip_tokens: dict[int, int], voc
     from transformers import OPTForCausalLM
 
     bridge = build_xformer(settings, model, 0)
-    config = llm_config(known_llm(settings.llm.weights))
+    config = llm_config(known_llm(settings.llm.weights), "llm.weights")
     llm: Any = OPTForCausalLM(config).eval().requires_grad_(False)
     project = nn.Linear(settings.qformer.width, config.word_embed_proj_dim)
 

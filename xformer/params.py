@@ -9,9 +9,10 @@ from torch import nn
 
 from xformer.console import say, table
 from xformer.errors import WeightsError
-from xformer.model import MODELS, Stage1, build_xformer
+from xformer.local import MODELS
+from xformer.model import Stage1, build_xformer
 from xformer.settings import Settings
-from xformer.weights import resolve
+from xformer.weights import readable, resolve
 
 VOCABULARY = 30523  # bert-base-uncased and [DEC]
 
@@ -46,7 +47,21 @@ def known_llm(name: str) -> str:
     return next((known for known in OPT if name.startswith(f"hub:facebook/{known}@")), name)
 
 
-def llm_config(name: str) -> Any:
+def own_config(kind: Any, spec: str, option: str) -> Any:
+    """A transformers config of the class `kind` in the weights folder `spec`, which the user gave as `option`.
+
+    Raises: WeightsError where config.json is of another model, or cannot be read.
+    """
+    file = resolve(spec, ("config.json",), option) / "config.json"
+    with readable(spec):
+        values = json.loads(file.read_text(encoding="utf-8"))
+        found = values.get("model_type") if isinstance(values, dict) else type(values).__name__
+        if found == kind.model_type:
+            return kind.from_dict(values)
+    raise WeightsError(f"{option} {spec}: model_type is {found!r} in config.json, not {kind.model_type!r}.")
+
+
+def llm_config(name: str, option: str) -> Any:
     """An OPT's config: one of the known shapes, or read from a weights folder."""
     from transformers import OPTConfig
 
@@ -57,8 +72,8 @@ def llm_config(name: str) -> Any:
             word_embed_proj_dim=width, max_position_embeddings=2048,
         )  # fmt: skip
     if ":" not in name and not Path(name).exists():
-        raise WeightsError(f"--llm {name}: known shapes are {', '.join(OPT)}; else give a folder with config.json.")
-    return OPTConfig.from_pretrained(resolve(name, ("config.json",)))
+        raise WeightsError(f"{option} {name}: known shapes are {', '.join(OPT)}; else give a folder with config.json.")
+    return own_config(OPTConfig, name, option)
 
 
 def mae_config(settings: Settings) -> Any:
@@ -66,7 +81,7 @@ def mae_config(settings: Settings) -> Any:
 
     if settings.mae.weights.startswith("hub:facebook/vit-mae-huge"):
         return ViTMAEConfig(**VIT_MAE_HUGE)
-    return ViTMAEConfig.from_pretrained(resolve(settings.mae.weights, ("config.json",)))
+    return own_config(ViTMAEConfig, settings.mae.weights, "mae.weights")
 
 
 def trained(settings: Settings, model: str, llm_width: int) -> dict[str, int]:
@@ -100,7 +115,7 @@ def trained_stage1(settings: Settings, model: str) -> int:
     return count(Stage1(bridge, None, settings.qformer.width, settings.qformer.projection, 0, "layerwise", 0.0))
 
 
-def frozen(settings: Settings, llm: Any) -> dict[str, int]:
+def frozen(settings: Settings, llm: Any, name: str) -> dict[str, int]:
     """Parameters of the frozen parts: CLIP up to the block whose output is C, the MAE's two halves, the OPT."""
     import timm
     from transformers import OPTForCausalLM, ViTMAEForPreTraining
@@ -108,23 +123,27 @@ def frozen(settings: Settings, llm: Any) -> dict[str, int]:
     arguments: dict[str, Any] = dict(settings.clip.kwargs)
     clip: Any = timm.create_model(settings.clip.architecture, pretrained=False, num_classes=0, **arguments)
     unused = [*clip.blocks[settings.clip.layers[0] :], clip.norm, clip.fc_norm]
-    mae = ViTMAEForPreTraining(mae_config(settings))
+    with readable(settings.mae.weights):
+        mae = ViTMAEForPreTraining(mae_config(settings))
+    with readable(name):
+        opt = OPTForCausalLM(llm)
     return {
         f"CLIP to block {settings.clip.layers[0]}": count(clip) - sum(count(part) for part in unused),
         "MAE encoder": count(mae.vit),
         "MAE decoder": count(mae.decoder),
-        "OPT": count(OPTForCausalLM(llm)),
+        "OPT": count(opt),
     }
 
 
 def params(settings: Settings, llm: str | None, as_json: bool) -> dict[str, Any]:
     """Counts all systems and prints them beside the paper's figures, as tables or as JSON. Returns what JSON holds."""
     name = known_llm(llm or settings.llm.weights)
-    config = llm_config(name)
+    config = llm_config(name, "--llm" if llm else "llm.weights")
     with torch.device("meta"):
+        fixed = frozen(settings, config, name)  # first: it refuses sizes that no OPT can have
         parts = {model: trained(settings, model, config.word_embed_proj_dim) for model in MODELS}
         first = {model: trained_stage1(settings, model) for model in MODELS}
-        text, fixed = text_feed_forwards(settings), frozen(settings, config)
+        text = text_feed_forwards(settings)
     figures = PAPER.get(name, {}) if settings.preset == "paper" else {}
     report = {
         "preset": settings.preset,

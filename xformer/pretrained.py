@@ -4,15 +4,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from xformer import checkpoint
-from xformer.errors import CheckpointError
+from xformer.errors import CheckpointError, EvaluationError
 from xformer.evaluation.generate import complete
+from xformer.local import local_tokens, local_width
 from xformer.model import build_xformer
+from xformer.saved import model_folder, read_config
 from xformer.settings import settings_from
 from xformer.stage2 import FrozenLlm, refuse_other_llm
 
@@ -29,15 +29,6 @@ class XFormerConfig(PreTrainedConfig):
         self.variant, self.settings, self.stage = variant, settings or {}, stage
         self.identities, self.frozen = identities or {}, frozen or {}
         super().__init__(**kwargs)
-
-
-def model_folder(folder: Path) -> Path:
-    """The folder with config.json: of a run its newest checkpoint. Raises CheckpointError."""
-    if (folder / "checkpoints").is_dir():
-        folder = checkpoint.newest(folder)
-    if not (folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} holds no config.json; give a run, one of its checkpoints, or a saved model.")
-    return folder
 
 
 class XFormerForConditionalGeneration(PreTrainedModel):
@@ -70,12 +61,8 @@ class XFormerForConditionalGeneration(PreTrainedModel):
         Raises: CheckpointError, WeightsError.
         """
         found = model_folder(Path(folder))
-        model = cls(XFormerConfig.from_pretrained(str(found), local_files_only=True))
-        try:
-            tensors = load_file(found / "model.safetensors")
-        except (OSError, SafetensorError) as error:
-            raise CheckpointError(f"{found / 'model.safetensors'} cannot be read: {error}") from None
-        checkpoint.fill(model, tensors, str(found))
+        model = cls(XFormerConfig.from_dict(read_config(found)))
+        checkpoint.load_model(found, model)
         known = model.config.frozen["llm"]
         frozen = FrozenLlm(llm or known["weights"], model.resolved.llm.autocast)
         refuse_other_llm(known["sha256"], frozen, str(found))
@@ -88,8 +75,27 @@ class XFormerForConditionalGeneration(PreTrainedModel):
         """Writes config.json and the trained weights; the frozen language model is named, not copied."""
         super().save_pretrained(save_directory, state_dict=checkpoint.trainable_state(self), **kwargs)
 
+    def _refuse_features(self, clip: Tensor, local: Tensor | None) -> None:
+        """Raises EvaluationError where C or M is not what the variant reads."""
+        kind = local_tokens(self.resolved, self.config.variant)
+        read: list[tuple[str, Any, int]] = [("clip", clip, self.resolved.clip.width)]
+        if kind is not None:
+            read.append(("local", local, local_width(self.resolved)))
+        for name, value, width in read:
+            wanted = f"the variant {self.config.variant!r} reads floating-point numbers [images, tokens, {width}]"
+            if not isinstance(value, Tensor):
+                raise EvaluationError(f"{name} is {'None' if value is None else type(value).__name__}; {wanted}.")
+            if value.ndim != 3 or value.shape[2] != width or 0 in value.shape or not value.is_floating_point():
+                raise EvaluationError(f"{name} is {value.dtype} {tuple(value.shape)}; {wanted}.")
+            if len(value) != len(clip):
+                raise EvaluationError(f"{name} holds {len(value)} images and clip {len(clip)}; give both of the same.")
+            broken = (~value.isfinite()).flatten(1).any(1).nonzero().flatten().tolist()
+            if broken:
+                raise EvaluationError(f"{name} holds values that are NaN or infinite (first: image {broken[0]}).")
+
     def prefix(self, clip: Tensor, local: Tensor | None) -> Tensor:
         """C [B, N, Wc] and M [B, 1 + visible, Wm] -> the soft prompt [B, Q, LLM width]."""
+        self._refuse_features(clip, local)
         like = self.llm_proj.weight
         enhanced, _ = self.xformer(clip.to(like), None if local is None else local.to(like))
         return self.llm_proj(enhanced)
@@ -104,11 +110,30 @@ class XFormerForConditionalGeneration(PreTrainedModel):
     @torch.inference_mode()
     def generate(self, clip: Tensor, local: Tensor | None = None, prompts: list[str] | None = None) -> list[str]:
         """Continues each prompt after its image by the beam search of `eval`; without prompts describes it, as long as
-        `eval.captions` says."""
-        search = self.resolved.eval.for_captions() if prompts is None else self.resolved.eval
-        begin = [self.resolved.llm.prompt] * len(clip) if prompts is None else prompts
-        return complete(self.llm, self.prefix(clip, local), begin, search)
+        `eval.captions` says.
+
+        Args:
+            clip, local: as a processor gives them (`prefix`); local is None for a variant that reads none.
+
+        Raises: EvaluationError where features are not what the variant reads, or prompts not one text per image.
+        """
+        soft = self.prefix(clip, local)
+        if prompts is None:
+            return complete(self.llm, soft, [self.resolved.llm.prompt] * len(soft), self.resolved.eval.for_captions())
+        _refuse_texts("prompts", prompts, len(soft))
+        return complete(self.llm, soft, prompts, self.resolved.eval)
 
     def ask(self, clip: Tensor, local: Tensor | None, questions: list[str]) -> list[str]:
-        """Answers one question per image in the words of `eval.prompt`."""
+        """Answers one question per image in the words of `eval.prompt`. Raises as `generate`."""
+        self._refuse_features(clip, local)
+        _refuse_texts("questions", questions, len(clip))
+        if blank := [i for i, question in enumerate(questions) if not question.strip()]:
+            raise EvaluationError(f"questions[{blank[0]}] is {questions[blank[0]]!r}; ask something.")
         return self.generate(clip, local, [self.resolved.eval.prompt.replace("{}", q) for q in questions])
+
+
+def _refuse_texts(name: str, texts: Any, images: int) -> None:
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+        raise EvaluationError(f"{name} is {texts!r}; give a list of one text per image ({images}).")
+    if len(texts) != images:
+        raise EvaluationError(f"{name} holds {len(texts)} texts and clip {images} images; give one per image.")

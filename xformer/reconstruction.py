@@ -28,7 +28,7 @@ class FrozenDecoder(nn.Module):
 
     def __init__(self, weights: str) -> None:
         super().__init__()
-        folder = resolve(weights, ("config.json", "model.safetensors|pytorch_model.bin"))
+        folder = resolve(weights, ("config.json", "model.safetensors|pytorch_model.bin"), "mae.weights")
         with readable(weights):
             loaded: Any = ViTMAEForPreTraining.from_pretrained(
                 folder, local_files_only=True, dtype=torch.float32, output_loading_info=True

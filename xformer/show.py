@@ -18,6 +18,7 @@ from xformer.evaluation.load import refuse_another_model
 from xformer.losses import patchify
 from xformer.model import build_xformer
 from xformer.reconstruction import FrozenDecoder, rebuilt_pixels, unpatchify, visible
+from xformer.saved import opened
 from xformer.settings import Settings, settings_from, with_overrides
 from xformer.train import compare_identities
 
@@ -54,8 +55,7 @@ def grids(weights: Tensor, patches: int, kept: Tensor | None) -> np.ndarray:
 @torch.no_grad()
 def show(run: Path, store: Path, pictures: list[Path], out: Path, overrides: list[str]) -> list[Path]:
     """Draws one PNG per picture (row i of the store is pictures[i]) into `out`. Returns the files."""
-    newest = checkpoint.newest(run)
-    state = checkpoint.read_state(newest)
+    newest, state = opened(run)
     settings, model = with_overrides(settings_from(state["settings"], str(newest)), overrides), state["model"]
     refuse_another_model(settings, state, newest)
     bridge = build_xformer(settings, model, vocabulary=0)

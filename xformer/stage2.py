@@ -32,7 +32,7 @@ class FrozenLlm(nn.Module):
     def __init__(self, weights: str, dtype: str, spread: bool = False) -> None:
         super().__init__()
         weight_files = "model.safetensors|pytorch_model.bin|model.safetensors.index.json|pytorch_model.bin.index.json"
-        folder = resolve(weights, ("config.json", weight_files, "tokenizer.json|tokenizer_config.json"))
+        folder = resolve(weights, ("config.json", weight_files, "tokenizer.json|tokenizer_config.json"), "llm.weights")
         with readable(weights):
             self.tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
             self.model: Any = OPTForCausalLM.from_pretrained(

@@ -20,7 +20,7 @@ class TextTokenizer:
     def __init__(self, spec: str, max_tokens: int, max_words: int) -> None:
         from transformers import AutoTokenizer
 
-        folder = resolve(spec, ("tokenizer.json|vocab.txt",))
+        folder = resolve(spec, ("tokenizer.json|vocab.txt",), "qformer.text")
         self._tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         self._tokenizer.add_special_tokens({"bos_token": "[DEC]"})
         self.vocabulary = len(self._tokenizer)
@@ -60,7 +60,7 @@ def bert_state(spec: str) -> dict[str, Tensor]:
     """The weights that fill a Q-Former. Raises WeightsError where they are missing."""
     from safetensors.torch import load_file
 
-    folder = resolve(spec, ("model.safetensors",))
+    folder = resolve(spec, ("model.safetensors",), "qformer.text")
     return {
         key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): value
         for key, value in load_file(folder / "model.safetensors").items()

@@ -7,19 +7,22 @@ from functools import cache
 from pathlib import Path
 from pickle import UnpicklingError
 
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 
 from xformer.errors import WeightsError
 
+OTHERS = (RuntimeError, ValueError, KeyError, EOFError, TypeError, AttributeError, ArithmeticError)
 EMBEDDED = Path(__file__).resolve().parent / "tiny"
 
 
-def resolve(spec: str, needed: tuple[str, ...]) -> Path:
+def resolve(spec: str, needed: tuple[str, ...], option: str = "--weights") -> Path:
     """The local folder of `spec`, with all `needed` files in it.
 
     Args:
         spec: `embedded:NAME`, `hub:OWNER/NAME@REVISION`, or a local folder.
         needed: file names; a tuple entry "a|b" is satisfied by either.
+        option: how the user gave it, for the sentence.
 
     Raises: WeightsError, which says which file is missing and how to get it.
     """
@@ -32,7 +35,7 @@ def resolve(spec: str, needed: tuple[str, ...]) -> Path:
         return _from_hub(rest, needed)
     else:
         folder = Path(spec)
-        help_text = "give --weights a folder that holds it, or hub:OWNER/NAME@REVISION"
+        help_text = f"give {option} a folder that holds it, or hub:OWNER/NAME@REVISION"
     for names in needed:
         if not any((folder / name).is_file() for name in names.split("|")):
             raise WeightsError(f"weights {spec}: {folder / names.split('|')[0]} is missing; {help_text}.")
@@ -62,9 +65,9 @@ def readable(spec: str) -> Iterator[None]:
     """Damaged or hostile weights are one sentence; nothing in them is ever executed, whatever loads them."""
     try:
         yield
-    except (OSError, SafetensorError, UnpicklingError, RuntimeError, ValueError, KeyError, EOFError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
-        raise WeightsError(f"weights {spec} cannot be read: {lines[0][:300]}") from None
+    except (OSError, SafetensorError, UnpicklingError, StrictDataclassError, *OTHERS) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise WeightsError(f"weights {spec} cannot be read: {reason[:300]}") from None
 
 
 def _silence_transformers() -> None:

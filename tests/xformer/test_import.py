@@ -252,6 +252,7 @@ def test_an_encoder_without_a_decoder_is_told_and_an_unknown_name_asks(tmp_path:
     assert import_weights(tmp_path / "mine.pth", tmp_path / "other", SETTINGS, True)["norm_pix_loss"]
 
 
+LAYER = "Qformer__bert__encoder__layer__"
 BAD = {
     "missing": ({"opt_proj__bias": None}, "1 keys are missing .*llm_proj.bias"),
     "extra": ({"something__else": torch.zeros(1)}, "first: something.else"),
@@ -261,7 +262,21 @@ BAD = {
     "shape": ({"opt_proj__bias": torch.zeros(7)}, r"opt_proj.bias has shape \(7,\), not \(128,\)"),
     "frozen": ({"visual_encoder__cls_token": torch.zeros(1)}, "visual_encoder.cls_token .*frozen"),
     "T5": ({"t5_proj__bias": torch.zeros(1)}, "only BLIP-2 with OPT"),
-}
+    "queries 1-D": ({"query_tokens": torch.zeros(96)}, r"query_tokens has shape \(96,\), not \(1, 16, 96\)"),
+    "queries 2-D": ({"query_tokens": torch.zeros(16, 96)}, r"query_tokens has shape \(16, 96\), not \(1, 16, 96\)"),
+    "key 1-D": ({f"{LAYER}0__crossattention__self__key__weight": torch.zeros(96)},
+                r"layer.0.crossattention.self.key.weight has shape \(96,\), not \(96, 96\)"),
+    "FFN 0-D": ({f"{LAYER}0__intermediate_query__dense__weight": torch.tensor(1.0)},
+                r"intermediate_query.dense.weight has shape \(\), not \(384, 96\)"),
+    "projection 0-D": ({"opt_proj__weight": torch.tensor(1.0)}, r"opt_proj.weight has shape \(\), not \(LLM width, 96\)"),
+    "words 0-D": ({"Qformer__bert__embeddings__word_embeddings__weight": torch.tensor(1.0)},
+                  r"word_embeddings.weight has shape \(\), not \(vocabulary, 96\)"),
+    "no number": ({f"{LAYER}x__crossattention__foo": torch.zeros(1)}, "first: .*layer.x.crossattention.foo"),
+    "complex": ({"ln_vision__bias": torch.zeros(96, dtype=torch.complex64)}, "ln_vision.bias is torch.complex64"),
+    "integers": ({"ln_vision__bias": torch.zeros(96, dtype=torch.int64)}, "ln_vision.bias is torch.int64"),
+    "sparse": ({"ln_vision__bias": torch.zeros(96).to_sparse()}, "ln_vision.bias is .*sparse"),
+    "too large": ({"ln_vision__bias": torch.full((96,), 1e39, dtype=torch.float64)}, "float64. is NaN or infinite in .*32"),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -271,6 +286,48 @@ def test_a_file_that_does_not_fit_is_one_sentence_and_leaves_nothing(name: str, 
     with pytest.raises(WeightsError, match=words) as caught:
         import_weights(tmp_path / "blip2.pth", tmp_path / "run", SETTINGS, None)
     assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_names_that_are_none_and_an_out_below_a_file_are_refused(tmp_path: Path) -> None:
+    for content in ({"model": {3: torch.zeros(1)}}, {"model": {"a": torch.zeros(1)}, 7: 1, "x": 1}):
+        torch.save(content, tmp_path / "numbers.pth")
+        with pytest.raises(WeightsError, match="the key [37] is a int"):
+            import_weights(tmp_path / "numbers.pth", tmp_path / "run", SETTINGS, None)
+    lavis_file(tmp_path / "blip2.pth", 2)
+    (tmp_path / "file").touch()
+    for out in ("file", "file/run"):
+        with pytest.raises(WeightsError, match="file is a file, not a folder"):
+            import_weights(tmp_path / "blip2.pth", tmp_path / out, SETTINGS, None)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder/config.json").write_text('{"model_type": "blip-2"}')
+    for index in ("[1]", '{"weight_map": 3}', '{"weight_map": {"a": 3}}'):
+        (tmp_path / "folder/model.safetensors.index.json").write_text(index)
+        with pytest.raises(UserError):
+            settings = load_settings(overrides=["qformer.heads=12"])
+            import_weights(tmp_path / "folder", tmp_path / "run", settings, None)
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "words"),
+    [
+        ("pos_embed", (5,), r"pos_embed has shape \(5,\), not \(1, 1 \+ patches, 768\)"),
+        ("pos_embed", (1, 0, 768), r"pos_embed has shape \(1, 0, 768\), not"),
+        ("pos_embed", (1, 1, 768), r"pos_embed has shape \(1, 1, 768\).* square"),
+        ("pos_embed", (1, 6, 768), r"pos_embed has shape \(1, 6, 768\).* square"),
+        ("patch_embed.proj.weight", (768, 768), r"patch_embed.proj.weight has shape \(768, 768\), not \(width, 3, p"),
+        ("blocks.0.attn.qkv.bias", (), r"blocks.0.attn.qkv.bias has shape \(\), not \(2304,\)"),
+        ("decoder_blocks.0.attn.qkv.weight", (7, 512), r"qkv.weight has shape \(7, 512\), not \(1536, 512\)"),
+        ("blocks.0.mlp.fc1.weight", (), r"fc1.weight has shape \(\), not \(hidden width, 768\)"),
+        ("decoder_embed.weight", (), r"decoder_embed.weight has shape \(\), not \(decoder width, 768\)"),
+        ("blocks.x.foo", (1,), "first: blocks.x.foo"),
+        ("blocks.0.attn.qkv.foo", (), "first: blocks.0.attn.qkv.foo"),
+    ],
+)
+def test_an_mae_of_other_shapes_is_one_sentence(key: str, shape: tuple[int, ...], words: str, tmp_path: Path) -> None:
+    torch.save({"model": OfficialMae(True).state_dict() | {key: torch.zeros(shape)}}, tmp_path / "full.pth")
+    with pytest.raises(WeightsError, match=words):
+        import_weights(tmp_path / "full.pth", tmp_path / "mae", SETTINGS, None)
+    assert not (tmp_path / "mae").exists()
 
 
 def test_untied_heads_and_hostile_files_are_refused(tmp_path: Path) -> None:

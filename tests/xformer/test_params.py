@@ -1,6 +1,7 @@
 """`xformer params` counts what the papers count, without weights or a network."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -40,3 +41,25 @@ def test_the_table_names_the_paper_and_the_note_says_why(capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         main(["params", "--llm", "opt-3b"])
     assert "opt-3b" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (None, "give --llm a folder"),
+        ("{", "cannot be read"),
+        ("[]", "model_type is 'list' in config.json, not 'opt'"),
+        ('{"model_type": "bert"}', "model_type is 'bert' in config.json, not 'opt'"),
+        ('{"model_type": "opt", "hidden_size": "x"}', "hidden_size"),
+        ('{"model_type": "opt", "hidden_size": -4}', "cannot be read"),
+        ('{"model_type": "opt", "num_attention_heads": 0}', "cannot be read"),
+        ('{"model_type": "opt", "hidden_size": 100, "num_attention_heads": 7}', "divisible"),
+    ],
+)
+def test_a_folder_that_is_no_opt_is_one_sentence(text: str | None, words: str, tmp_path: Path, capsys) -> None:
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    with pytest.raises(SystemExit):
+        main(["params", "--llm", str(tmp_path)])
+    said = capsys.readouterr().err.strip()
+    assert words in said and "\n" not in said

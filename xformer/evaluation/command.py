@@ -32,7 +32,10 @@ def eval_command(
 
     def evaluate(
         benchmark: Annotated[Name, typer.Argument()],
-        checkpoint: Annotated[Path | None, typer.Option(help="A run; left out, the newest in runs/.")] = None,
+        checkpoint: Annotated[
+            Path | None,
+            typer.Option(help="A run, a checkpoint of one, or a saved model; left out, the newest in runs/."),
+        ] = None,
         features: Annotated[Path | None, typer.Option(help="Answer from this store; left out, store.zarr.")] = None,
         images: Annotated[Path | None, typer.Option(help="Answer from pictures, encoded on the fly.")] = None,
         questions: Annotated[Path | None, typer.Option(help="Left out: those of the shapes corpus.")] = None,

@@ -9,18 +9,18 @@ from xformer import checkpoint
 from xformer.data import Cache
 from xformer.errors import CheckpointError, EvaluationError, SettingsError
 from xformer.model import Stage1, build_stage1
+from xformer.saved import opened
 from xformer.settings import Settings, settings_from, with_overrides
 from xformer.stage2 import Stage2, build_stage2, refuse_other_llm
 from xformer.text import TextTokenizer
 
 
 def load_stage2(run: Path, overrides: list[str]) -> tuple[Stage2, dict[str, Any], Settings]:
-    """The newest checkpoint of a stage-2 run, its state, and its settings with overrides (of `eval` only)."""
-    newest = checkpoint.newest(run)
-    state = checkpoint.read_state(newest)
+    """The stage-2 model of what --checkpoint gives, its state, and its settings with overrides (of `eval` only)."""
+    newest, state = opened(run)
     if state["stage"] != 2:
         raise CheckpointError(
-            f"{run} is a stage-1 run; answers need a stage-2 run: xformer train --stage 2 --init {run}"
+            f"{run} is of a stage-1 run, which has no language model; answers need one of stage 2: xformer train --stage 2"
         )
     settings = with_overrides(settings_from(state["settings"], str(newest)), overrides)
     refuse_another_model(settings, state, newest)
@@ -42,11 +42,10 @@ def refuse_another_model(settings: Settings, state: dict[str, Any], newest: Path
 
 
 def load_stage1(run: Path, overrides: list[str]) -> tuple[Stage1, TextTokenizer, dict[str, Any], Settings]:
-    """The newest checkpoint of a stage-1 run, its text tokenizer, its state, and its settings with overrides."""
-    newest = checkpoint.newest(run)
-    state = checkpoint.read_state(newest)
+    """The stage-1 model of what --checkpoint gives, its text tokenizer, its state, and its settings with overrides."""
+    newest, state = opened(run)
     if state["stage"] != 1:
-        raise CheckpointError(f"{run} is a stage-2 run; this needs a stage-1 run: xformer train --stage 1")
+        raise CheckpointError(f"{run} is of a stage-2 run; this needs a stage-1 run: xformer train --stage 1")
     settings = with_overrides(settings_from(state["settings"], str(newest)), overrides)
     refuse_another_model(settings, state, newest)
     text = settings.qformer

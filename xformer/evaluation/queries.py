@@ -15,6 +15,7 @@ from xformer.evaluation.intervals import paired
 from xformer.evaluation.load import load_stage1, load_stage2
 from xformer.evaluation.run import Open, Request
 from xformer.model import XFormer
+from xformer.saved import opened
 from xformer.settings import Settings
 from xformer.train import compare_identities
 
@@ -61,7 +62,7 @@ def evaluate_diversity(request: Request, open_store: Open) -> dict[str, Any]:
 @torch.inference_mode()
 def queries_of(run: Path, store: Path, request: Request) -> tuple[str, np.ndarray]:
     """The model's name and its output queries float32 [N, Q, W] on the images of the settings' evaluation split."""
-    state = checkpoint.read_state(checkpoint.newest(run))
+    state = opened(run)[1]
     xformer, settings = _bridge(run, int(state["stage"]), request.overrides)
     cache = Cache(store, settings, state["model"], pixels=False, phase="eval")
     compare_identities(state["identities"], cache.identities(), str(run), str(store))

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError
 
 from xformer.errors import SettingsError
 from xformer.evaluation.suite import TITLES
-from xformer.model import MODELS
+from xformer.local import MODELS
 from xformer.settings import Section, Seed, Settings, Whole, changed, load_values, settings_from
 
 # One cache serves all variants: what decides a feature may differ only where the cache holds several kinds of it.
