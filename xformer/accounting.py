@@ -38,10 +38,9 @@ def read_pth(file: Path) -> dict[str, Tensor]:
     if not isinstance(model, dict) or not all(isinstance(v, Tensor) for v in model.values()):
         found = ", ".join(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise WeightsError(f"{file}: no tensors under the key 'model' (it holds {found[:200]}).")
-    if strange := next((key for key in (*content, *model) if not isinstance(key, str)), None):
-        raise WeightsError(
-            f"{file}: the key {strange!r} is a {type(strange).__name__}; LAVIS and MAE write only names."
-        )
+    if strange := [key for key in (*content, *model) if not isinstance(key, str)]:
+        kind = type(strange[0]).__name__
+        raise WeightsError(f"{file}: the key {strange[0]!r} is of the type {kind}; LAVIS and MAE write only names.")
     if unknown := sorted(set(content) - {"model", "optimizer", "config", "scaler", "epoch", "args", "iters"}):
         raise WeightsError(f"{file}: the key {unknown[0]!r} beside 'model' is none that LAVIS or MAE writes.")
     return model

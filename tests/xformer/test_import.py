@@ -289,9 +289,9 @@ def test_a_file_that_does_not_fit_is_one_sentence_and_leaves_nothing(name: str, 
 
 
 def test_names_that_are_none_and_an_out_below_a_file_are_refused(tmp_path: Path) -> None:
-    for content in ({"model": {3: torch.zeros(1)}}, {"model": {"a": torch.zeros(1)}, 7: 1, "x": 1}):
+    for content in ({"model": {3: torch.zeros(1)}}, {"model": {"a": torch.zeros(1)}, 0: 1, "x": 1}):
         torch.save(content, tmp_path / "numbers.pth")
-        with pytest.raises(WeightsError, match="the key [37] is a int"):
+        with pytest.raises(WeightsError, match="the key [30] is of the type int"):
             import_weights(tmp_path / "numbers.pth", tmp_path / "run", SETTINGS, None)
     lavis_file(tmp_path / "blip2.pth", 2)
     (tmp_path / "file").touch()
