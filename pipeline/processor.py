@@ -34,6 +34,8 @@ class XFormerProcessor:
 
         Raises: CorpusError for a file that is no picture, StoreError where an encoder is not the checkpoint's.
         """
+        if isinstance(pictures, str | Path):
+            raise CorpusError(f"pictures is {str(pictures)!r}; give a list of files.")
         store = FeatureStore(picture_store([Path(p) for p in pictures], self.folder))
         settings, model = self.settings, self.config["variant"]
         names = {"clip": f"clip/{settings.clip.layers[0]}/tokens"}

@@ -59,7 +59,7 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
                 raise WeightsError(f"{index}: the file name {name!r} leads out of the folder.")
             tensors |= load_file(folder / name)
         return tensors
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{folder}: {', '.join(map(str, names))} cannot be read: {error}") from None
 
 
@@ -77,6 +77,13 @@ def sizes(source: Path, tensors: dict[str, Tensor], key: str, wanted: tuple[int 
 def plain(value: Tensor) -> bool:
     """Whether values can be read from a tensor: dense, with storage, of floating-point numbers."""
     return value.is_floating_point() and value.layout == torch.strided and not (value.is_meta or value.is_nested)
+
+
+def refuse_strange(source: Path, key: str, value: Tensor) -> None:
+    """Raises WeightsError where a tensor is not `plain`."""
+    if not plain(value):
+        kind = f"{value.dtype}, {value.layout}, on {value.device}"
+        raise WeightsError(f"{source}: {key} is {kind}, not a plain tensor of floating-point numbers.")
 
 
 def account(
@@ -106,9 +113,7 @@ def account(
     for key, ours in found.imported.items():
         if tensors[key].shape != wanted[ours]:
             raise WeightsError(f"{source}: {key} has shape {tuple(tensors[key].shape)}, not {tuple(wanted[ours])}.")
-        if not plain(tensors[key]):
-            kind = f"{tensors[key].dtype}, {tensors[key].layout}, on {tensors[key].device}"
-            raise WeightsError(f"{source}: {key} is {kind}, not a plain tensor of floating-point numbers.")
+        refuse_strange(source, key, tensors[key])
         found.tensors[ours] = tensors[key].float()  # first: what is finite may not be so in a shorter type
         if not found.tensors[ours].isfinite().all():
             raise WeightsError(f"{source}: {key} ({tensors[key].dtype}) is NaN or infinite in torch.float32.")

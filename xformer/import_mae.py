@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xformer import publish
-from xformer.accounting import Rules, account, sizes
+from xformer.accounting import Rules, account, refuse_strange, sizes
 from xformer.errors import WeightsError
 
 HEADS = {512: 16, 768: 12, 1024: 16, 1280: 16}  # models_mae.py, by width
@@ -48,6 +48,7 @@ def _split(source: Path, tensors: dict[str, Tensor], width: int, inner: int) -> 
             wanted = (3 * own, own) if matched[2] == "weight" else (3 * own,)
             if value.shape != wanted:
                 raise WeightsError(f"{source}: {key} has shape {tuple(value.shape)}, not {wanted}.")
+            refuse_strange(source, key, value)
             for name, part in zip("qkv", value.chunk(3), strict=True):
                 found[key.replace(".qkv.", f".{name}.")] = part
         else:

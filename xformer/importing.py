@@ -19,8 +19,7 @@ def import_weights(source: Path, out: Path, settings: Settings, norm_pix: bool |
 
     Raises: WeightsError, in one sentence, for anything else.
     """
-    if file := next((place for place in (out, *out.parents) if place.is_file()), None):
-        raise WeightsError(f"--out {out}: {file} is a file, not a folder; give a new folder.")
+    _refuse_out(out)
     if source.is_dir():
         report = _folder(source, out, settings)
     elif source.is_file():
@@ -44,12 +43,22 @@ def import_weights(source: Path, out: Path, settings: Settings, norm_pix: bool |
     return report
 
 
+def _refuse_out(out: Path) -> None:
+    """Raises WeightsError, before anything is read, where no folder can be made under that name."""
+    try:
+        for place in (out, *out.parents):
+            if (place.exists() or place.is_symlink()) and not place.is_dir():
+                raise WeightsError(f"--out {out}: {place} is a file, not a folder; give a new folder.")
+    except OSError as error:
+        raise WeightsError(f"--out {out}: {error.strerror}; give a new folder.") from None
+
+
 def _folder(source: Path, out: Path, settings: Settings) -> dict[str, Any]:
     try:
         config = json.loads((source / "config.json").read_text(encoding="utf-8"))
         kind, llm = config.get("model_type"), (config.get("text_config") or {}).get("model_type", "opt")
         heads = (config.get("qformer_config") or {}).get("num_attention_heads", 12)  # transformers' default
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise WeightsError(f"{source}: no transformers folder: config.json cannot be read ({error}).") from None
     if kind != "blip-2":
         raise WeightsError(f"{source}: model_type is {kind!r}; of transformers' models only 'blip-2' is imported.")

@@ -121,7 +121,8 @@ def frozen(settings: Settings, llm: Any, name: str) -> dict[str, int]:
     from transformers import OPTForCausalLM, ViTMAEForPreTraining
 
     arguments: dict[str, Any] = dict(settings.clip.kwargs)
-    clip: Any = timm.create_model(settings.clip.architecture, pretrained=False, num_classes=0, **arguments)
+    with readable(settings.clip.architecture):
+        clip: Any = timm.create_model(settings.clip.architecture, pretrained=False, num_classes=0, **arguments)
     unused = [*clip.blocks[settings.clip.layers[0] :], clip.norm, clip.fc_norm]
     with readable(settings.mae.weights):
         mae = ViTMAEForPreTraining(mae_config(settings))

@@ -39,8 +39,7 @@ class XFormerForConditionalGeneration(PreTrainedModel):
 
     def __init__(self, config: XFormerConfig) -> None:
         super().__init__(config)
-        if config.stage != 2 or "llm" not in config.frozen:
-            raise CheckpointError("stage is 1 in this checkpoint and must be 2: only stage 2 has a language model.")
+        _refuse_stage1(config.stage, "the config")
         self.resolved = settings_from(config.settings, "config.json")
         self.xformer = build_xformer(self.resolved, config.variant, vocabulary=0)
         self.llm_proj = nn.Linear(self.resolved.qformer.width, config.frozen["llm"]["width"])
@@ -61,13 +60,17 @@ class XFormerForConditionalGeneration(PreTrainedModel):
         Raises: CheckpointError, WeightsError.
         """
         found = model_folder(Path(folder))
-        model = cls(XFormerConfig.from_dict(read_config(found)))
-        checkpoint.load_model(found, model)
-        known = model.config.frozen["llm"]
-        frozen = FrozenLlm(llm or known["weights"], model.resolved.llm.autocast)
+        config = read_config(found)
+        _refuse_stage1(config["stage"], str(found))
+        known = config["frozen"]["llm"]
+        settings = settings_from(config["settings"], str(found))
+        frozen = FrozenLlm(llm or known["weights"], settings.llm.autocast)
         refuse_other_llm(known["sha256"], frozen, str(found))
         if frozen.width != known["width"]:
             raise CheckpointError(f"{found}: the LLM's width is {frozen.width} here and {known['width']} in training.")
+        fields = ("variant", "settings", "identities", "frozen", "stage")  # and nothing else that the file may hold
+        model = cls(XFormerConfig(**{field: config[field] for field in fields}))
+        checkpoint.load_model(found, model)
         model.llm = frozen
         return model.eval()
 
@@ -130,6 +133,11 @@ class XFormerForConditionalGeneration(PreTrainedModel):
         if blank := [i for i, question in enumerate(questions) if not question.strip()]:
             raise EvaluationError(f"questions[{blank[0]}] is {questions[blank[0]]!r}; ask something.")
         return self.generate(clip, local, [self.resolved.eval.prompt.replace("{}", q) for q in questions])
+
+
+def _refuse_stage1(stage: int, where: str) -> None:
+    if stage != 2:
+        raise CheckpointError(f"{where}: stage is {stage} and must be 2: only stage 2 has a language model.")
 
 
 def _refuse_texts(name: str, texts: Any, images: int) -> None:

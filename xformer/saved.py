@@ -47,16 +47,16 @@ def read_config(folder: Path) -> dict[str, Any]:
             raise CheckpointError(f"{file}: {field} is {config.get(field)!r}, not an object.")
     if bad := next((name for name, value in config["identities"].items() if not isinstance(value, dict)), None):
         raise CheckpointError(f"{file}: identities.{bad} is {config['identities'][bad]!r}, not an object.")
-    if config["stage"] == 2:
-        _refuse_unnamed_llm(config["frozen"].get("llm"), file)
     try:
-        settings_from(config["settings"], str(file))
+        settings = settings_from(config["settings"], str(file))
     except SettingsError as error:
         raise CheckpointError(str(error)) from None
+    if config["stage"] == 2:
+        _refuse_unnamed_llm(config["frozen"].get("llm"), settings.llm.weights, file)
     return config
 
 
-def _refuse_unnamed_llm(llm: Any, file: Path) -> None:
+def _refuse_unnamed_llm(llm: Any, weights: str, file: Path) -> None:
     """frozen.llm: where the language model was, its width, and its sha256 (null after an import, which knows none)."""
     if not isinstance(llm, dict):
         raise CheckpointError(f"{file}: frozen.llm is {llm!r}, not an object with weights, sha256 and width.")
@@ -64,9 +64,12 @@ def _refuse_unnamed_llm(llm: Any, file: Path) -> None:
     for field, kind in kinds.items():
         if field not in llm:
             raise CheckpointError(f"{file}: frozen.llm.{field} is missing.")
-        if not isinstance(llm[field], kind) or field == "width" and llm[field] < 1:
+        if not isinstance(llm[field], kind) or field == "width" and (llm[field] is True or llm[field] < 1):
             wanted = {"weights": "a name", "sha256": "64 hexadecimal digits", "width": "a positive number"}[field]
             raise CheckpointError(f"{file}: frozen.llm.{field} is {llm[field]!r}, not {wanted}.")
+    if llm["weights"] != weights:
+        named = f"frozen.llm.weights is {llm['weights']!r} and settings.llm.weights {weights!r}"
+        raise CheckpointError(f"{file}: {named}; both are one place.")
 
 
 def opened(path: Path) -> tuple[Path, dict[str, Any]]:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from xformer.errors import WeightsError
 
-OTHERS = (RuntimeError, ValueError, KeyError, EOFError, TypeError, AttributeError, ArithmeticError)
+OTHERS = (RuntimeError, ValueError, KeyError, EOFError, TypeError, AttributeError, ArithmeticError, AssertionError)
 EMBEDDED = Path(__file__).resolve().parent / "tiny"
 
 
@@ -80,7 +80,7 @@ def _silence_transformers() -> None:
 
 def _from_hub(spec: str, needed: tuple[str, ...]) -> Path:
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     repository, _, revision = spec.partition("@")
     folder = None
@@ -95,6 +95,8 @@ def _from_hub(spec: str, needed: tuple[str, ...]) -> Path:
                 pass
             except (HfHubHTTPError, OSError):
                 pass
+            except HFValidationError as error:
+                raise WeightsError(f"weights hub:{spec}: {error}; write hub:OWNER/NAME@REVISION.") from None
         else:
             raise WeightsError(
                 f"weights hub:{spec}: {names.split('|')[0]} is neither in the local cache nor reachable; on a machine "

@@ -295,6 +295,11 @@ def test_names_that_are_none_and_an_out_below_a_file_are_refused(tmp_path: Path)
             import_weights(tmp_path / "numbers.pth", tmp_path / "run", SETTINGS, None)
     lavis_file(tmp_path / "blip2.pth", 2)
     (tmp_path / "file").touch()
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(WeightsError, match="name too long"):
+        import_weights(tmp_path / "blip2.pth", tmp_path / ("x" * 300), SETTINGS, None)
+    with pytest.raises(WeightsError, match="loop is a file"):
+        import_weights(tmp_path / "blip2.pth", tmp_path / "loop/run", SETTINGS, None)
     for out in ("file", "file/run"):
         with pytest.raises(WeightsError, match="file is a file, not a folder"):
             import_weights(tmp_path / "blip2.pth", tmp_path / out, SETTINGS, None)
@@ -305,6 +310,13 @@ def test_names_that_are_none_and_an_out_below_a_file_are_refused(tmp_path: Path)
         with pytest.raises(UserError):
             settings = load_settings(overrides=["qformer.heads=12"])
             import_weights(tmp_path / "folder", tmp_path / "run", settings, None)
+
+
+def test_a_sparse_qkv_is_named_as_in_the_file(tmp_path: Path) -> None:
+    sparse = {"blocks.0.attn.qkv.bias": torch.zeros(2304).to_sparse()}
+    torch.save({"model": OfficialMae(True).state_dict() | sparse}, tmp_path / "full.pth")
+    with pytest.raises(WeightsError, match="blocks.0.attn.qkv.bias is .*sparse"):
+        import_weights(tmp_path / "full.pth", tmp_path / "mae", SETTINGS, None)
 
 
 @pytest.mark.parametrize(
@@ -374,6 +386,7 @@ def test_a_checkpoint_that_does_not_fit_names_the_field(stage2: Path, stage1: Pa
     (tmp_path / "m/config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="language model's sha256"):
         XFormerForConditionalGeneration.from_pretrained(tmp_path / "m")
+    model.save_pretrained(tmp_path / "m")
     state = checkpoint.trainable_state(model)
     state["llm_proj.bias"][0] = torch.nan
     save_file(state, tmp_path / "m/model.safetensors", metadata={"format": "pt"})

@@ -52,6 +52,7 @@ def test_the_table_names_the_paper_and_the_note_says_why(capsys: pytest.CaptureF
         ('{"model_type": "bert"}', "model_type is 'bert' in config.json, not 'opt'"),
         ('{"model_type": "opt", "hidden_size": "x"}', "hidden_size"),
         ('{"model_type": "opt", "hidden_size": -4}', "cannot be read"),
+        ('{"model_type": "opt", "vocab_size": -1}', "cannot be read"),
         ('{"model_type": "opt", "num_attention_heads": 0}', "cannot be read"),
         ('{"model_type": "opt", "hidden_size": 100, "num_attention_heads": 7}', "divisible"),
     ],
