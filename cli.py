@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from xformer.errors import UserError
+from xformer.errors import Stopped, UserError
 from xformer.evaluation.command import eval_command
 
 app = typer.Typer(
@@ -58,6 +58,8 @@ class Dtype(StrEnum):
     int8 = "int8"
 
 
+NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+WRONG_PLACE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 Preset = Annotated[str, typer.Option(help="tiny (a laptop, embedded weights) or paper.")]
 Config = Annotated[Path | None, typer.Option(help="A YAML file laid out as stages.yaml, holding any part of it.")]
 Set = Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. train.lr=1e-4; may be repeated.")]
@@ -511,10 +513,11 @@ def show(
     """Draw the masked input, its reconstruction, each query's attention, and the similarity of the queries."""
     _settings("tiny", None, None, None, True)
     from pipeline.temporary import picture_store
+    from xformer.checkpoint import newest_run
     from xformer.console import set_quiet
     from xformer.show import show as run
 
-    folder, pictures = _stage2(checkpoint), _pictures(images)
+    folder, pictures = checkpoint or newest_run(Path("runs"), stage=None), _pictures(images)
     store = picture_store(pictures, folder, set_)
     set_quiet(quiet)
     run(folder, store, pictures, out, set_ or [])
@@ -682,25 +685,36 @@ def run_command(arguments: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command line; a user's mistake is one sentence on stderr and an exit code that is not 0."""
-    code = 0
+    code, words = 0, sys.argv[1:] if arguments is None else arguments
     try:
-        run_command(sys.argv[1:] if arguments is None else arguments)
+        run_command(words)
+    except (KeyboardInterrupt, typer.Abort, Stopped) as stop:
+        training = isinstance(stop, Stopped) and words[:1] == ["train"]  # demo and ablate resume their runs themselves
+        said = stop if training else "stopped; what was committed stays, run the same command again to go on."
+        print(f"xformer: {said}", file=sys.stderr)
+        code = 130
     except UserError as error:
         print(f"xformer: {error}", file=sys.stderr)
         code = error.exit_code
-    except (KeyboardInterrupt, typer.Abort):
-        print("xformer: stopped; what was committed stays, run the same command again to go on.", file=sys.stderr)
-        code = 130
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EACCES, errno.EROFS, errno.EDQUOT):
+        if error.errno in WRONG_PLACE and error.filename:
+            print(f"xformer: {error.filename}: {os.strerror(error.errno)}; give another path.", file=sys.stderr)
+            raise SystemExit(2) from None
+        if error.errno not in NO_PLACE:
             raise
         where = f" at {error.filename}" if error.filename else ""
+        again = "run again with --resume" if words[:1] == ["train"] else "run again"
         print(
-            f"xformer: {os.strerror(error.errno)}{where}; what was committed stays: mend that and run again.",
+            f"xformer: {os.strerror(error.errno)}{where}; what was committed stays: mend that and {again}.",
             file=sys.stderr,
         )
         code = 3
     except Exception as error:
+        if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
+            print(
+                "xformer: out of memory; make the batch, the model or the number of workers smaller.", file=sys.stderr
+            )
+            raise SystemExit(3) from None
         show = getattr(error, "show", None)  # Typer's own usage errors know how to show themselves
         if not callable(show):
             raise

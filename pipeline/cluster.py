@@ -93,7 +93,11 @@ def run_on_dask(job: Job, todo: Todo, workers: int, scheduler: str | None) -> It
                 raise StoreError(f"Dask's workers do not start ({error}); run the same command again.") from None
         for name in [name for name in logging.root.manager.loggerDict if name.startswith(("distributed", "tornado"))]:
             logging.getLogger(name).setLevel(logging.CRITICAL)  # one sentence of ours says what a person needs
-        with Client(cluster or scheduler, timeout=10) as client:
+        try:
+            connected = Client(cluster or scheduler, timeout=10)
+        except (TimeoutError, OSError):
+            raise StoreError(f"no Dask scheduler answers at {scheduler or 'this machine'}; start it first.") from None
+        with connected as client:
             width = max(workers, len(client.scheduler_info(n_workers=-1)["workers"])) * (IN_FLIGHT + 1)
             waiting, shard_of = iter(todo), {}
 

@@ -52,6 +52,8 @@ def open_corpus(source: Path, image_root: Path | None = None) -> Corpus:
 
     Raises: CorpusError, which says what is wrong with which path.
     """
+    if image_root is not None and source.suffix.lower() not in (".json", *TABLES):
+        raise CorpusError(f"--images goes with a caption file; {source} holds its own pictures, leave it out.")
     if not source.exists() and glob.has_magic(source.name):
         return _tars(source, source.parent, sorted(source.parent.glob(source.name)))
     if not source.exists():

@@ -33,8 +33,16 @@ class ClipEncoder:
         file = folder / "model.safetensors"
         self.settings, self.device = clip, device or torch.device("cpu")
         arguments: dict[str, Any] = dict(clip.kwargs)
-        self.model: Any = timm.create_model(clip.architecture, pretrained=False, num_classes=0, **arguments)
-        blocks = len(self.model.blocks)
+        what = f"clip.architecture {clip.architecture} with clip.kwargs {clip.kwargs}"
+        try:
+            self.model: Any = timm.create_model(clip.architecture, pretrained=False, num_classes=0, **arguments)
+            blocks, width, side = len(self.model.blocks), self.model.embed_dim, self.model.patch_embed.img_size
+        except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError) as error:
+            raise WeightsError(f"{what}: timm makes no ViT of it: {str(error).splitlines()[0]}.") from None
+        if (width, side) != (clip.width, (image_size, image_size)):
+            raise WeightsError(
+                f"{what}: width {width}, image {side[0]}; the settings say clip.width {clip.width}, image_size {image_size}."
+            )
         if max(clip.layers) > blocks:
             raise WeightsError(f"clip.layers {clip.layers}: {clip.architecture} has only {blocks} blocks.")
         with readable(clip.weights):

@@ -117,6 +117,8 @@ def plan_index(path: Path, corpus: Corpus, settings: Settings, limit: int | None
             )
         for name in names:
             places.remove_folder(path / name)
+    if places.children(path)[1] and not places.exists(path / "zarr.json"):
+        raise StoreError(f"{places.shown(path)} holds other files and is no feature store; give another --store.")
     store.create_group(path)
     places.remove_folder(path / "index")  # of a planning that did not finish; nothing refers to it yet
     say(f"planning {places.shown(path)}: reading every image once")
@@ -162,6 +164,10 @@ def extract(
     """
     started = time.perf_counter()
     report: dict[str, Any] = {"store": places.shown(path), "corpus": str(corpus.root), "encoders": {}}
+    import torch
+
+    if gpus and scheduler is None and not torch.cuda.is_available():
+        raise SettingsError("--gpus: this machine has no CUDA device; leave the option out.")
     specs = {kind: wanted(kind, settings, whole) for kind in kinds}  # refused before any image is read
     declared = {kind: list(arrays) for kind, arrays in specs.items()}
     with store.owner(path), _taken_back(path):
@@ -216,7 +222,7 @@ def extract(
 
 
 def _check_dead(dead: int, planned: int, letters: Iterable[dict], settings: Settings) -> None:
-    if dead > max(1, settings.corpus.max_dead_fraction * planned):
+    if dead == planned or dead > max(1, settings.corpus.max_dead_fraction * planned):
         first = next(iter(letters))
         raise CorpusError(
             f"{dead} of {planned} images are unusable, more than corpus.max_dead_fraction = "

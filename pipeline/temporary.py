@@ -23,6 +23,8 @@ def temporary_store(folder: Path, run: Path, wanted: set[str] | None, overrides:
     Returns: a store that is removed when the process ends. Raises: CorpusError for a wanted picture that is not there
     or cannot be used, and what an extraction raises.
     """
+    if not folder.is_dir():
+        raise CorpusError(f"--images {folder}: there is no such folder.")
     corpus = open_corpus(folder)
 
     def rows() -> Iterator[Row]:

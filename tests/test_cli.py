@@ -42,7 +42,7 @@ def test_mistakes_are_one_sentence(
     assert "no feature store" in fails(capsys, "train", "--stage", "1", "--features", "nowhere.zarr")
     assert "stage-1 run" in fails(capsys, "train", "--stage", "2", "--features", store)
     assert "no checkpoint" in fails(capsys, "eval", "oc", "--questions", str(_oc(tmp_path)), "--features", store)
-    assert "stage-2 run" in fails(
+    assert "answers need one of stage 2" in fails(
         capsys, "eval", "oc", "--questions", str(_oc(tmp_path)), "--features", store, "--checkpoint", run
     )
     assert "lrr" in fails(capsys, "train", "--stage", "1", "--features", store, "--set", "train.lrr=1")
@@ -79,6 +79,17 @@ def test_a_full_disk_is_one_sentence(
     assert "No space left" in sentence and "run again" in sentence
 
 
+def test_a_file_where_a_folder_must_be_is_one_sentence(
+    features: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("mine")
+    for out in ("file", "file/x"):
+        assert "file" in fails(capsys, "train", "--stage", "1", "--features", str(features), "--out", out)
+        assert "file" in fails(capsys, "extract", "--encoder", "clip", "--corpus", str(corpus), "--store", out)
+    assert Path("file").read_text() == "mine"
+
+
 def test_ctrl_c_leaves_nothing_half_written(features: Path, tmp_path: Path) -> None:
     line = ["train", "--stage", "1", "--features", str(features), "--out", "run", "--set", "train.save_every=1",
             "--set", "train.batch=8", "--set", "stage1.max_steps=100000", "--set", "stage1.epochs=10000"]  # fmt: skip
@@ -92,7 +103,8 @@ def test_ctrl_c_leaves_nothing_half_written(features: Path, tmp_path: Path) -> N
         time.sleep(0.05)
     os.kill(child.pid, signal.SIGINT)
     _, error = child.communicate(timeout=60)
-    assert child.returncode == 130 and "stopped" in error.splitlines()[-1] and "Traceback" not in error
+    assert child.returncode == 130 and "Traceback" not in error
+    assert "stopped; step" in error.splitlines()[-1] and "--resume" in error.splitlines()[-1]
     from xformer import checkpoint
 
     newest = checkpoint.newest(tmp_path / "run")

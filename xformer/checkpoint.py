@@ -166,17 +166,17 @@ def newest(run: Path) -> Path:
         say(f"{reason}; using an older checkpoint.")
     if reason is not None:
         raise CheckpointError(f"all {len(found)} checkpoints of {run} are damaged; the oldest: {reason}; train again.")
-    raise CheckpointError(f"{run} holds no checkpoint; train one first: xformer train --out {run}")
+    raise CheckpointError(f"{run} holds no checkpoint; give a run of xformer train.")
 
 
-def newest_run(folder: Path, stage: int) -> Path:
-    """The run below `folder` of that stage whose newest checkpoint is the latest. Raises CheckpointError."""
+def newest_run(folder: Path, stage: int | None) -> Path:
+    """The run below `folder` of that stage (None: of any) with the latest checkpoint. Raises CheckpointError."""
     states = sorted(folder.glob(f"*/checkpoints/step-*/{MARKER}"), key=lambda file: file.stat().st_mtime, reverse=True)
     for file in states:
-        if read_state(file.parent)["stage"] == stage:
+        if stage in (None, read_state(file.parent)["stage"]):
             return file.parents[2]
     raise CheckpointError(
-        f"{folder} holds no checkpoint of a stage-{stage} run; train one: xformer train --stage {stage}"
+        f"{folder} holds no checkpoint of a stage-{stage or 1} run; train one: xformer train --stage {stage or 1}"
     )
 
 

@@ -36,5 +36,11 @@ class TrainingError(UserError):
     """Training cannot go on, for example because the loss is not finite."""
 
 
+class Stopped(UserError):
+    """Ctrl-C or SIGTERM during training; the run is saved at the step that the message names."""
+
+    exit_code = 130
+
+
 class EvaluationError(UserError):
     """Questions, annotations and answers do not belong together."""

@@ -21,7 +21,7 @@ from xformer import checkpoint, publish
 from xformer.alarms import Plan
 from xformer.console import say
 from xformer.data import Pairs
-from xformer.errors import SettingsError
+from xformer.errors import SettingsError, Stopped
 from xformer.gather import alone
 from xformer.guard import Guard
 from xformer.monitor import Monitor
@@ -30,6 +30,7 @@ from xformer.order import Schedule, generator
 from xformer.reading import Reading, stream
 from xformer.resume import load_scaler, refuse_missing_state, refuse_other_run, scaler_state
 from xformer.settings import Data, Stage1, Stage2
+from xformer.stopping import asked_to_stop
 from xformer.trackers import refuse_missing
 
 Losses = Callable[[Any, list[str], int, torch.Generator], dict[str, Tensor]]
@@ -117,7 +118,11 @@ class Loop:
         return found
 
     def run(self, losses_of: Losses, validate: Validate) -> dict[str, Any]:
-        """Trains to the end. Returns the summary. Raises TrainingError after three steps in a row that are not finite."""
+        """Trains to the end. Returns the summary.
+
+        Raises: TrainingError after three steps in a row that are not finite; Stopped, once the step is saved, where a
+        process was asked to stop.
+        """
         accelerator, schedule, recipe, main = (
             self.accelerator,
             self.schedule,
@@ -134,7 +139,7 @@ class Loop:
             recipe.accumulate, self.data.threads, self.data.ahead,
         )  # fmt: skip
         try:
-            with monitor:
+            with monitor, asked_to_stop() as self.asked:
                 for read in monitor.timed(batches):
                     if len(self.history) <= read.epoch:
                         self.history.append({"epoch": read.epoch, "draw": read.draw if draws else None})
@@ -152,8 +157,11 @@ class Loop:
                         with alone():
                             measured, picture = validate()
                         monitor.validated(done, measured, picture)
-                    if main and (done % recipe.save_every == 0 or last):
+                    stopping = self.stopping and not last
+                    if main and (done % recipe.save_every == 0 or last or stopping):
                         self._save(done, read.epoch, began, measured)
+                    if stopping:
+                        raise Stopped(f"stopped; step {done:,} is saved in {self.folder}, go on with --resume.")
         finally:
             accelerator.end_training()
         summary = {
@@ -191,8 +199,10 @@ class Loop:
             for name, value in (losses | {"loss": loss * len(parts)}).items():
                 found[name] = found.get(name, 0.0) + value.detach().float() / len(parts)
         norm: Any = accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
-        told: Any = accelerator.reduce(torch.stack([*found.values(), norm.detach().float()]), "mean")
-        means = dict(zip([*found, "gradient_norm"], told.tolist(), strict=True))
+        asked = norm.new_tensor(self.asked(), dtype=torch.float32)  # all processes stop after the same step
+        told: Any = accelerator.reduce(torch.stack([*found.values(), norm.detach().float(), asked]), "mean")
+        *values, stop = told.tolist()
+        means, self.stopping = dict(zip([*found, "gradient_norm"], values, strict=True)), stop > 0
         finite = all(map(math.isfinite, means.values()))  # a mean over processes is not, where one of them is not
         scaler = accelerator.scaler
         overflow = scaler is not None and math.isfinite(means["loss"]) and scaler.get_scale() > 1

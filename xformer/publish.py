@@ -31,6 +31,10 @@ def write_bytes(path: Path, content: bytes | memoryview) -> None:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)
         os.replace(name, path)
+    except OSError as error:
+        Path(name).unlink(missing_ok=True)
+        error.filename = error.filename or str(path)  # a write that finds no space does not say where
+        raise
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise

@@ -32,6 +32,8 @@ def _pairs(
 ) -> tuple[Pairs, Pairs, list[Cache]]:  # fmt: skip
     """Training and validation pairs: the captions of the stores, or the questions that a task asks."""
     pixels = rebuilds(settings, model, stage)
+    if len({absolute(path) for path in features}) < len(features):
+        raise SettingsError("--features names a store twice; data.weights decides how often each is read.")
     caches = [Cache(path, settings, model, pixels, stage) for path in features]
     text = settings.qformer
     tokenizer = TextTokenizer(text.text, text.max_text, text.max_words)

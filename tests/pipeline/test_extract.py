@@ -127,13 +127,32 @@ def test_a_refused_extraction_leaves_no_store_and_its_mended_rerun_works(tmp_pat
     with pytest.raises(CorpusError, match="max_dead_fraction.*first: cut.png: the file is empty"):
         extract(open_corpus(folder), path, ["clip"], load_settings(), in_process=True)
     assert not path.exists()
-    for override, error in (("clip.layers=[99]", WeightsError), ("store.views=3", SettingsError)):
+    for override, error in (
+        ("clip.layers=[99]", WeightsError), ("clip.width=97", WeightsError), ("clip.architecture=nosuch", WeightsError),
+        ("clip.kwargs={nosuch: 1}", WeightsError), ("store.views=3", SettingsError),
+    ):  # fmt: skip
         with pytest.raises(error):
             extract(open_corpus(folder), path, ["clip", "mae"], load_settings(overrides=[override]), in_process=True)
         assert not path.exists()
     for name in ("empty.jpg", "text.png", "cut.png"):
         (folder / name).unlink()
     assert extract(open_corpus(folder), path, ["clip"], load_settings(), in_process=True)["dead"] == []
+
+
+def test_nothing_usable_a_folder_of_other_things_and_no_gpu_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one/1.png").write_text("no picture")
+    source, settings = open_corpus(tmp_path / "one"), load_settings()
+    with pytest.raises(CorpusError, match="1 of 1 images are unusable"):
+        extract(source, tmp_path / "s.zarr", ["clip"], settings, in_process=True)
+    (tmp_path / "mine/folder").mkdir(parents=True)
+    with pytest.raises(StoreError, match="holds other files"):
+        extract(source, tmp_path / "mine", ["clip"], settings, in_process=True)
+    if not torch.cuda.is_available():
+        with pytest.raises(SettingsError, match="no CUDA device"):
+            extract(source, tmp_path / "s.zarr", ["clip"], settings, gpus=True)
+    with pytest.raises(CorpusError, match="leave it out"):
+        open_corpus(tmp_path / "one", tmp_path)
 
 
 def test_what_is_committed_survives_a_refusal(tmp_path: Path) -> None:

@@ -1,7 +1,9 @@
 """Training: exact resume, logged draws, refusal of what does not fit, and a guard against losses that are not finite."""
 
 import json
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from xformer import checkpoint
-from xformer.errors import CheckpointError, SettingsError, StoreError, TrainingError
+from xformer.errors import CheckpointError, SettingsError, Stopped, StoreError, TrainingError
+from xformer.loop import Loop
 from xformer.monitor import read_log
 from xformer.optimiser import learning_rate
 from xformer.order import Schedule
@@ -39,6 +42,32 @@ def test_a_run_resumed_in_the_middle_of_an_epoch_is_bitwise_the_same(
     other = tmp_path / "other"
     train_stage1([features], other, load_settings(overrides=small, seed=1), "xformer", resume=False)
     assert not same(other, stage1)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_bitwise_the_same(
+    features: Path, stage1: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    settings, step = load_settings(overrides=small), Loop._step
+
+    def interrupted(loop: Loop, losses_of, read, monitor) -> float:
+        if read.step == 2:  # between the saves of steps 2 and 4
+            os.kill(os.getpid(), number)
+        return step(loop, losses_of, read, monitor)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Loop, "_step", interrupted)
+        with pytest.raises(Stopped, match="step 3 is saved in .*--resume"):
+            train_stage1([features], tmp_path / "run", settings, "xformer", resume=False)
+    assert checkpoint.read_state(checkpoint.newest(tmp_path / "run"))["step"] == 3
+    train_stage1([features], tmp_path / "run", settings, "xformer", resume=True)
+    assert same(tmp_path / "run", stage1)
+
+
+def test_the_same_store_twice_is_refused(features: Path, small: list[str], tmp_path: Path) -> None:
+    twice = [features, features.parent / "." / features.name]
+    with pytest.raises(SettingsError, match="twice"):
+        train_stage1(twice, tmp_path / "run", load_settings(overrides=small), "qformer", resume=False)
 
 
 def test_the_log_and_the_checkpoint_hold_the_draw_of_each_epoch(
@@ -160,7 +189,6 @@ def test_several_stores_train_together(features: Path, small: list[str], tmp_pat
 
 
 def test_two_processes_go_on_with_a_run_of_one(features: Path, stage1: Path, small: list[str], tmp_path: Path) -> None:
-    import os
     import subprocess
     import sys
 

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from xformer.errors import CorpusError
+
 
 class Name(StrEnum):
     vqav2 = "vqav2"
@@ -62,6 +64,9 @@ def eval_command(
         prepare(preset, config, set_, seed, quiet)
         from xformer.evaluation.run import Request, evaluate
         from xformer.evaluation.suite import Files
+
+        if images is not None and not images.is_dir():
+            raise CorpusError(f"--images {images}: there is no such folder.")
 
         def open_store(run: Path, wanted: set[str] | None) -> Path:
             if images is None or features is not None:
