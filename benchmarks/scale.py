@@ -34,24 +34,26 @@ import benchmarks.scale as scale
 from xformer.data import Cache, Pairs
 from xformer.order import Schedule
 from xformer.settings import load_settings
-from xformer.text import TextTokenizer
-settings = load_settings(overrides=["store.shard_rows=512", "mae.draws=1"])
-tokenizer = TextTokenizer(settings.qformer.text, settings.qformer.max_text, settings.qformer.max_words)
-imports = scale.peak()
+settings = load_settings(overrides=["store.shard_rows=512", "mae.draws=1", "clip.tokens=all"])
+tokenizer, trainer = None, sys.argv[2] == "trainer"
+if trainer:
+    from xformer.model import Batch
+    from xformer.text import TextTokenizer
+    tokenizer = TextTokenizer(settings.qformer.text, settings.qformer.max_text, settings.qformer.max_words)
+found = {"imports": scale.peak()}
 began = time.perf_counter()
 pairs = Pairs([Cache(Path(sys.argv[1]), settings, "xformer", pixels=False)], "train", tokenizer, settings)
 schedule = Schedule(len(pairs), scale.BATCH, 2, 0, settings.seed)
-opened = time.perf_counter()
+draw = pairs.batch if trainer else pairs.read
+found["open"] = time.perf_counter() - began
 order = schedule.order(0)
-batch, _ = pairs.batch(order[: scale.BATCH], 0)
-first = time.perf_counter()
-found = {"imports": imports, "open": opened - began, "first batch": first - began, "peak": [scale.peak()]}
-steps = [schedule.per_epoch * i // scale.DRAWN for i in range(1, scale.DRAWN)]
+draw(schedule.numbers(order, 0, 1)[0], 0)
+found |= {"first batch": time.perf_counter() - began, "peak": [scale.peak()]}
 for epoch in (0, 1):
     order = None
     order = schedule.order(epoch)
-    for step in steps if epoch == 0 else ():
-        pairs.batch(order[step * scale.BATCH : (step + 1) * scale.BATCH], 0)
+    for i in range(1, scale.DRAWN) if epoch == 0 else ():
+        draw(schedule.numbers(order, schedule.per_epoch * i // scale.DRAWN, 1)[0], 0)
         found["peak"].append(scale.peak())
 found["peak"].append(scale.peak())
 print(json.dumps(found))
@@ -70,20 +72,28 @@ def scale() -> dict:
         write_store(store)
         made = time.perf_counter() - began
         disk = sum(int(line.split()[0]) for line in _du(store)) / 1e6
-        found = opened(store)
-    report = {
-        "images": IMAGES, "shards of each array": -(-IMAGES // SHARD_ROWS), "store made (s)": made, "disk (GB)": disk,
-        "opened (s)": found["open"], "first batch drawn (s)": found["first batch"],
-        "peak after imports (MiB)": found["imports"], "peak after the first batch (MiB)": found["peak"][0],
-        "peak after the epoch (MiB)": found["peak"][-2], "peak with the next epoch's order (MiB)": found["peak"][-1],
+        found = {name: opened(store, name) for name in ("reader", "trainer")}
+    rows = {
+        "opened (s)": lambda f: f["open"], "first batch drawn (s)": lambda f: f["first batch"],
+        "peak after imports (MiB)": lambda f: f["imports"], "peak after the first batch (MiB)": lambda f: f["peak"][0],
+        "peak after the epoch (MiB)": lambda f: f["peak"][-2],
+        "peak with the next epoch's order (MiB)": lambda f: f["peak"][-1],
     }  # fmt: skip
-    table("14 million images", ("", "value"), report.items())
+    report: dict = {"images": IMAGES, "shards of each array": -(-IMAGES // SHARD_ROWS)}
+    report |= {"store made (s)": made, "disk (GB)": disk}
+    report |= {who: {name: value(found[who]) for name, value in rows.items()} for who in found}
+    table(f"a store of {IMAGES:,} images", ("", "value"), [(k, v) for k, v in report.items() if k not in found])
+    table(
+        f"opened by a reader (arrays and captions) and by a trainer (tensors and tokens), {BATCH:,} pairs a batch",
+        ("", *found),
+        [(name, *(f"{report[who][name]:.2f}" for who in found)) for name in rows],
+    )
     return report
 
 
-def opened(store: Path) -> dict:
+def opened(store: Path, who: str) -> dict:
     """Opens the store in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", OPEN, str(store)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", OPEN, str(store), who], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)
     return json.loads(done.stdout.splitlines()[-1])

@@ -18,10 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 from awscrt.checksums import crc32c
-from zarr.codecs import Crc32cCodec
-from zarr.storage import MemoryStore
 
 from pipeline import objects, places
 from pipeline.cache import LocalCache
@@ -96,6 +93,10 @@ def create_array(
 
     Raises: StoreError where it exists and was made in another way; the field that differs is named.
     """
+    import zarr  # who only reads does without it
+    from zarr.codecs import Crc32cCodec
+    from zarr.storage import MemoryStore
+
     create_group(store)
     if have := attributes(store, name):
         wanted = json.loads(json.dumps({"identity": identity, "usage": usage}))
@@ -127,6 +128,9 @@ def create_array(
 
 def create_group(store: Path) -> None:
     """The store's root group, unless it is there."""
+    import zarr
+    from zarr.storage import MemoryStore
+
     if not places.exists(store / "zarr.json"):
         files: dict[str, Any] = {}
         zarr.create_group(MemoryStore(files), zarr_format=3, attributes={"xformer_schema": SCHEMA})

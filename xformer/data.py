@@ -1,21 +1,27 @@
-"""What a model reads: the arrays of one store, and the image-text pairs of one split over one or several stores."""
+"""What a model reads: the arrays of one store, and the image-text pairs of one split over one or several stores.
+
+Reading is NumPy's and knows no torch, whose import alone takes 500 MB: only batches of tensors ask for it.
+"""
 
 import hashlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
 from pipeline.store import FeatureArray, FeatureStore, LocalCache, first_difference
 from xformer.errors import StoreError
 from xformer.local import Phase, local_tokens, mask_ratio
-from xformer.model import Batch
 from xformer.settings import Mae, Settings
-from xformer.text import TextTokenizer
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from xformer.model import Batch
+    from xformer.text import TextTokenizer
 
 
 @dataclass
@@ -157,6 +163,7 @@ class Cache:
 
     def buffers(self, rows: int, pinned: bool) -> Features:
         """Memory that batches of `rows` are read into again and again, touched once; pinned for copies to a GPU."""
+        import torch
 
         def room(array: FeatureArray | None) -> np.ndarray | None:
             if array is None:
@@ -186,7 +193,7 @@ class Pairs:
     """
 
     def __init__(
-        self, caches: list[Cache], split: str, tokenizer: TextTokenizer, settings: Settings,
+        self, caches: list[Cache], split: str, tokenizer: "TextTokenizer", settings: Settings,
         texts_of: TextsOf = captions_of,
     ) -> None:  # fmt: skip
         self.caches, self.tokenizer, self.settings = caches, tokenizer, settings
@@ -243,52 +250,60 @@ class Pairs:
             for store, row, text in zip(*self.places(numbers.ravel()), strict=True)
         ]
 
-    def batch(
+    def read(
         self, numbers: np.ndarray, draw: int, out: Features | None = None, pool: ThreadPoolExecutor | None = None
-    ) -> tuple[Batch, list[str]]:
-        """The batch of the given pair numbers under one mask draw, and its captions.
+    ) -> tuple[np.ndarray, Features, list[str]]:
+        """The given pairs under one mask draw: a number for each image (Index.image_keys), its features, its caption.
 
         Args:
-            out: buffers that become the batch's memory (Cache.buffers); left out, new memory. pool: reads in its threads.
+            out: buffers that become their memory (Cache.buffers); left out, new memory. pool: reads in its threads.
         """
         stores, rows, texts = self.places(numbers)
-        alike = np.empty_like(rows)
+        keys = np.empty_like(rows)
         parts, places = [], []
         for store in np.unique(stores):
             at = np.flatnonzero(stores == store)
             cache = self.caches[store]
-            alike[at] = cache.store.index.image_keys(rows[at])
+            keys[at] = cache.store.index.image_keys(rows[at])
             if len(at) == len(rows):
                 parts.append(cache.read(rows, draw, out, pool))
             else:
                 parts.append(cache.read(rows[at], draw, None, pool))
             places.append(at)
 
-        def joined(name: str) -> torch.Tensor | None:
+        def joined(name: str) -> Any:
             arrays = [getattr(part, name) for part in parts]
-            if arrays[0] is None:
-                return None
-            if len(arrays) == 1:
-                return torch.from_numpy(arrays[0])
+            if len(arrays) == 1 or arrays[0] is None:
+                return arrays[0]
             whole = None if out is None else getattr(out, name)
             if whole is None:
                 whole = np.empty((len(rows), *arrays[0].shape[1:]), arrays[0].dtype)
             for at, array in zip(places, arrays, strict=True):
                 whole[at] = array
-            return torch.from_numpy(whole)
+            return whole
 
+        features = Features(joined("clip"), joined("mae"), joined("kept"), joined("pixels"))
         captions = [self._captions[store][int(text)] for store, text in zip(stores, texts, strict=True)]
+        return keys, features, captions
+
+    def batch(
+        self, numbers: np.ndarray, draw: int, out: Features | None = None, pool: ThreadPoolExecutor | None = None
+    ) -> "tuple[Batch, list[str]]":
+        """What `read` reads as a batch of tensors, and its captions."""
+        import torch
+
+        from xformer.model import Batch
+
+        keys, features, captions = self.read(numbers, draw, out, pool)
         ids, mask = self.tokenizer(captions)
         hashes = [int.from_bytes(hashlib.blake2b(c.encode(), digest_size=7).digest(), "little") for c in captions]
-        clip, pixels = joined("clip"), joined("pixels")
-        assert clip is not None
         batch = Batch(
-            rows=torch.from_numpy(alike),
+            rows=torch.from_numpy(keys),
             texts=torch.tensor(hashes),
-            clip=clip,
-            mae=joined("mae"),
-            kept=joined("kept"),
-            pixels=None if pixels is None else normalised(pixels, self.settings.mae),
+            clip=torch.from_numpy(features.clip),
+            mae=None if features.mae is None else torch.from_numpy(features.mae),
+            kept=None if features.kept is None else torch.from_numpy(features.kept),
+            pixels=None if features.pixels is None else normalised(features.pixels, self.settings.mae),
             ids=ids,
             mask=mask,
         )
@@ -303,7 +318,9 @@ def _places(rows: np.ndarray, usable: np.ndarray) -> np.ndarray:
     return np.concatenate(found) if found else np.empty(0, kind)
 
 
-def normalised(pixels: np.ndarray | torch.Tensor, mae: Mae) -> torch.Tensor:
+def normalised(pixels: "np.ndarray | Tensor", mae: Mae) -> "Tensor":
     """uint8 [B, 3, S, S] -> float32, as the MAE was trained."""
+    import torch
+
     mean, std = (torch.tensor(v)[:, None, None] for v in (mae.mean, mae.std))
     return torch.as_tensor(pixels).float().div_(255).sub_(mean).div_(std)

@@ -4,12 +4,16 @@ import os
 import random
 import shutil
 import struct
+import subprocess
+import sys
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import psutil
+import pyarrow as pa
+import pyarrow.ipc
 import pytest
 import zarr
 
@@ -181,3 +185,27 @@ def test_index_and_captions(features: Path, corpus: Path) -> None:
 
     first = json.loads((corpus / "train" / "captions.json").read_text())["annotations"][0]
     assert captions[0] == first["caption"] and index.shard(0)[0]["id"] == str(first["image_id"])
+    with pa.memory_map(str(features / "index/captions.arrow")) as source:
+        assert [captions[i] for i in range(len(captions))] == pa.ipc.open_file(source).read_all()["text"].to_pylist()
+    keys = index.image_keys(np.array([70, 0, 127])).astype("<i8").tobytes()
+    hashes = index.column("sha256")["sha256"].to_pylist()
+    assert keys == b"".join(hashes[row][:8] for row in (70, 0, 127))
+    assert index.usable("val").tolist() == [split == "val" for split in index.column("split")["split"].to_pylist()]
+    assert not index.usable("another").any()
+
+
+def test_reading_pairs_imports_neither_torch_nor_what_builds_on_it(features: Path) -> None:
+    code = f"""
+import sys
+from pathlib import Path
+import numpy as np
+from xformer.data import Cache, Pairs
+from xformer.settings import load_settings
+settings = load_settings(overrides=["mae.draws=2"])
+pairs = Pairs([Cache(Path({str(features)!r}), settings, "xformer", pixels=True)], "train", None, settings)
+keys, read, captions = pairs.read(np.arange(4), 0)
+assert read.clip.shape == (4, 8, 96) and len(captions) == len(keys) == 4 and all(captions)
+print(*{{"torch", "transformers", "timm", "torchvision", "accelerate", "zarr"}} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
