@@ -18,6 +18,7 @@ from xformer.loop import Loop
 from xformer.model import Batch, build_stage1, build_xformer
 from xformer.order import refuse_weights
 from xformer.questions import Question, read_questions, refuse_missing_images, rows_of_questions, split_questions
+from xformer.saved import opened
 from xformer.settings import Settings
 from xformer.stage2 import Text, build_stage2, caption_text, question_text, refuse_other_llm
 from xformer.text import TextTokenizer, bert_state
@@ -119,8 +120,7 @@ def train_stage1(
 
         load_bert(stage1.xformer.qformer, bert_state(settings.qformer.text))
     if init is not None:
-        start = _stage1_checkpoint(init)
-        before = checkpoint.read_state(start)
+        start, before = _start(init, 1, "--init")
         _refuse_other_sizes(before["settings"], settings, init, ("qformer",))
         compare_identities(before["identities"], caches[0].identities(), str(init), str(features[0]))
         with torch.device("meta"):
@@ -153,8 +153,7 @@ def train_stage2(
     """
     _prepare_run(run, resume)
     asked = read_questions(questions, annotations) if task == "vqa" else None
-    start = _stage1_checkpoint(init) if task is None else _stage2_checkpoint(init)
-    before = checkpoint.read_state(start)
+    start, before = _start(init, 1, "stage 2") if task is None else _start(init, 2, "--task")
     if model is not None and model != before["model"]:
         raise CheckpointError(f"{init} is a {before['model']} run, --model says {model}; leave --model out.")
     model = str(before["model"])
@@ -203,22 +202,16 @@ def _refuse_other_sizes(before: dict[str, Any], settings: Settings, init: Path, 
             )
 
 
-def _stage1_checkpoint(init: Path) -> Path:
-    if not init.is_dir() or not checkpoint.checkpoints(init):
-        raise CheckpointError(f"stage 2 starts from a stage-1 run, and {init} holds none; run: xformer train --stage 1")
-    start = checkpoint.newest(init)
-    if checkpoint.read_state(start)["stage"] != 1:
-        raise CheckpointError(f"--init {init} is a stage-2 run; give a stage-1 run.")
-    return start
-
-
-def _stage2_checkpoint(init: Path) -> Path:
-    if not init.is_dir() or not checkpoint.checkpoints(init):
-        raise CheckpointError(f"--task starts from a stage-2 run, and {init} holds none; run: xformer train --stage 2")
-    start = checkpoint.newest(init)
-    if checkpoint.read_state(start)["stage"] != 2:
-        raise CheckpointError(f"--init {init} is a stage-1 run; --task fine-tunes a stage-2 run.")
-    return start
+def _start(init: Path, stage: int, who: str) -> tuple[Path, dict[str, Any]]:
+    """The model folder and state of what `who` starts from: a run, a checkpoint or a saved model, of that stage."""
+    if not init.is_dir() or not any(init.iterdir()):
+        raise CheckpointError(
+            f"{who} starts from a stage-{stage} run, and {init} holds none; run: xformer train --stage {stage}"
+        )
+    folder, state = opened(init)
+    if state["stage"] != stage:
+        raise CheckpointError(f"{init} is a run of stage {state['stage']}; {who} starts from one of stage {stage}.")
+    return folder, state
 
 
 def compare_identities(theirs: dict[str, dict], ours: dict[str, dict], run: str, store: str) -> None:

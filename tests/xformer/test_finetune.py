@@ -143,7 +143,7 @@ def test_what_cannot_be_fine_tuned_is_refused_before_the_first_step(
     questions = corpus / "train/qa.json"
     with pytest.raises(SettingsError, match="--task vqa needs --questions"):
         train_stage2([features], stage2, out, settings, None, False, "vqa")
-    with pytest.raises(CheckpointError, match="is a stage-1 run; --task fine-tunes a stage-2 run"):
+    with pytest.raises(CheckpointError, match="is a run of stage 1; --task starts from one of stage 2"):
         train_stage2([features], stage1, out, settings, None, False, "vqa", questions)
     with pytest.raises(SettingsError, match="holds no answers; give its --annotations"):
         train_stage2([features], stage2, out, settings, None, False, "vqa", corpus / "val/vqa_questions.json")

@@ -130,6 +130,14 @@ def test_a_loss_that_is_not_finite_stops_after_three_steps_and_is_never_saved(
     assert all(torch.equal(a[k], b[k]) for k in a) and all(v.isfinite().all() for v in b.values())
 
 
+def test_stage_2_may_start_from_one_checkpoint_of_a_run(
+    features: Path, stage1: Path, stage2: Path, small: list[str], tmp_path: Path
+) -> None:
+    one, settings = checkpoint.newest(stage1), load_settings(overrides=small)
+    train_stage2([features], one, tmp_path / "run", settings, None, resume=False)
+    assert same(tmp_path / "run", stage2)
+
+
 def test_damaged_checkpoints_are_found(stage1: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(stage1, tmp_path / "run"))
     file = checkpoint.newest(copy) / "model.safetensors"
@@ -153,7 +161,7 @@ def test_what_does_not_fit_is_refused_before_the_first_step(
     settings = load_settings(overrides=small)
     with pytest.raises(CheckpointError, match="stage-1 run"):
         train_stage2([features], tmp_path / "none", tmp_path / "out", settings, None, resume=False)
-    with pytest.raises(CheckpointError, match="stage-2 run"):
+    with pytest.raises(CheckpointError, match="is a run of stage 2; stage 2 starts from one of stage 1"):
         train_stage2([features], stage2, tmp_path / "out", settings, None, resume=False)
     with pytest.raises(CheckpointError, match="--model says qformer"):
         train_stage2([features], stage1, tmp_path / "out", settings, "qformer", resume=False)
