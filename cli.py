@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from xformer.errors import Stopped, UserError
+from xformer.errors import SettingsError, Stopped, UserError
 from xformer.evaluation.command import eval_command
 
 app = typer.Typer(
@@ -422,6 +422,12 @@ def train(
     """Train on cached features; on several GPUs: accelerate launch --no_python xformer train ..."""
     overrides = list(set_ or []) + ([] if llm is None else [f"llm.weights={llm}"])
     settings = _settings(preset, config, overrides, seed, quiet)
+    if stage == 1 and task is not None:
+        raise SettingsError("--task fine-tunes a stage-2 run; give --stage 2.")
+    if task is not Task.vqa and (questions or annotations):
+        raise SettingsError(
+            "--questions and --annotations are read by --stage 2 --task vqa only; give it, or leave them."
+        )
     from xformer.train import train_stage1, train_stage2
 
     if stage == 1:
@@ -622,8 +628,6 @@ def report(
 
 
 def _numbers(text: str) -> list[int]:
-    from xformer.errors import SettingsError
-
     parts = text.split(",")
     if not all(part.strip().isdigit() for part in parts):
         raise SettingsError(f"--seeds {text}: give whole numbers with commas between them, for example 0,1,2.")

@@ -47,18 +47,20 @@ def make_store(path: Path, settings: Settings) -> None:
     write_index(path / "index", Corpus("made up", pictures, pictures, "0", lambda: iter(rows)), SHARD, 0.0, None)
     index, draw = Index(path / "index"), np.random.default_rng(0)
     side, patches = settings.image_size, (settings.image_size // settings.mae.patch) ** 2
-    cells = (side // (14 if side == 224 else 16)) ** 2
+    clip, cells = settings.clip, (side // (14 if side == 224 else 16)) ** 2
+    small = clip.only_global(clip.layers[0])
+    tokens = 1 + (int(clip.kwargs["reg_tokens"]) if small else cells)
     visible, usage = patches // 4, {"view": 0, "crop": "resize", "mask_ratio": 0.75, "draw": 0}
     usage["mask_seed"] = settings.mae.mask_seed
     arrays = {
-        f"clip/{settings.clip.layers[0]}/tokens": ((cells + 1, settings.clip.width), "float16"),
+        f"clip/{clip.layers[0]}/tokens": ((tokens, clip.width), "float16"),
         "mae/draw-0/tokens": ((visible + 1, settings.mae.width), "float16"),
         "mae/draw-0/kept": ((patches // 8,), "uint8"),
         "pixels/view-0": ((3, side, side), "uint8"),
     }
     kept = np.packbits(np.arange(patches) < visible)
     for name, (shape, dtype) in arrays.items():
-        create_array(path, name, index, shape, dtype, {"made": "up"}, usage)
+        create_array(path, name, index, shape, dtype, {"tokens": "global" if small else "all"}, usage)
         for shard in range(index.shards):
             if name.endswith("kept"):
                 block = np.tile(kept, (SHARD, 1))

@@ -15,12 +15,12 @@ from xformer import publish
 from xformer.console import say, table
 from xformer.errors import CheckpointError, SettingsError
 from xformer.monitor import read_log
+from xformer.resume import HARMLESS
 
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's t
 INSIDE = 0.9  # of all points must lie in the band; a further seed has 95% of them there on average
 SPEED = {"epoch", "draw", "lr", "samples_per_second", "data_wait", "memory_mib", "seconds_left", "temperature"}
 CONSTANT = {"itm_constant", "recall1_of"}
-HARMLESS = ("trackers", "pictures", "threads", "keep", "log_every", "save_every")  # of a recipe: they change no loss
 UNREAD = {1: ("stage2.", "finetune.", "eval.", "llm."), 2: ("stage1.", "finetune.", "eval.")}  # settings, by stage
 
 Curve = dict[int, list[float]]  # step -> the value of each seed

@@ -109,7 +109,10 @@ class Stage1(nn.Module):
         image = self.xformer.image_keys_values(clip, local)
         queries, own = self.xformer.qformer.queries(image)
         enhanced, rebuilt = self.xformer.enhance(queries, local)
-        temperature = self.temperature.clamp(0.001, 0.5)
+        with (
+            torch.no_grad()
+        ):  # in place, as BLIP does: a clamp inside the graph would give no gradient back to the range
+            temperature = self.temperature.clamp_(0.001, 0.5)
 
         image_embedding, text_embedding = self.embed(enhanced, batch.ids, batch.mask)
         all_images, all_texts = gather(image_embedding), gather(text_embedding)
@@ -142,7 +145,7 @@ class Stage1(nn.Module):
         guessed = matched.mean(1).argmax(1)
         measured = {
             "itm_accuracy": (guessed == labels).float().mean(),
-            "temperature": temperature.detach(),
+            "temperature": temperature.detach().clone(),  # of this step; the update changes it in place
             "image_embedding": image_embedding.detach(),
             "text_embedding": text_embedding.detach(),
         }

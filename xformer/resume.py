@@ -8,25 +8,42 @@ from xformer.errors import CheckpointError, SettingsError
 SAME = (
     "stage",
     "model",
+    "task",
     "settings",
     "identities",
     "stores",
     "pairs",
+    "questions",
     "draws",
+    "llm",
 )  # else the samples or losses would differ
+HARMLESS = (
+    "trackers",
+    "pictures",
+    "threads",
+    "ahead",
+    "keep",
+    "log_every",
+    "save_every",
+    "validate_every",
+    "validate_batches",
+    "cache_dir",
+    "cache_bytes",
+)  # settings that change neither: a run may go on with others, for example on another machine
 
 
 def refuse_other_run(run: Path, state: dict[str, Any], described: dict[str, Any]) -> None:
     """Raises SettingsError, which names the field, where a run would go on in another way than it was started."""
     for key in SAME:
-        if difference := _difference(state.get(key), described[key], key):
+        if difference := _difference(state.get(key), described.get(key), key):
             raise SettingsError(f"{run} was started with {difference}; use the same, or start a new run.")
 
 
 def _difference(there: Any, here: Any, name: str) -> str | None:
     """The first field in which two nested values differ, with both values; tuples are equal to lists."""
     if isinstance(there, dict) and isinstance(here, dict):
-        found = (_difference(there.get(k), here.get(k), f"{name}.{k}") for k in [*there, *(set(here) - set(there))])
+        keys = [k for k in {**there, **here} if k not in HARMLESS]
+        found = (_difference(there.get(k), here.get(k), f"{name}.{k}") for k in keys)
         return next((text for text in found if text), None)
     if isinstance(there, list | tuple) and isinstance(here, list | tuple) and len(there) == len(here):
         found = (_difference(a, b, f"{name}[{i}]") for i, (a, b) in enumerate(zip(there, here, strict=True)))

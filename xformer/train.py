@@ -1,5 +1,6 @@
 """The two trainers: settings -> model and cached pairs -> one loop with Accelerate."""
 
+import hashlib
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -171,6 +172,8 @@ def train_stage2(
         checkpoint.load_model(start, stage2)
         refuse_other_llm(before.get("llm", {}).get("sha256"), stage2.llm, str(start))
     described = _describe(settings, model, 2, train, _draws(run, caches, resume)) | {"init": str(init), "task": task}
+    if asked is not None:
+        described["questions"] = hashlib.sha256(repr(asked).encode()).hexdigest()
     described["llm"] = {"width": stage2.llm.width, "sha256": stage2.llm.sha256}
 
     def encode(texts: list[str], step: int | None) -> Text:

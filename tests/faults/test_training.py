@@ -197,3 +197,27 @@ def test_what_would_change_the_samples_is_refused(
     for key in ("random", "scaler", "epochs"):
         with pytest.raises(CheckpointError, match="lacks"):
             refuse_missing_state(stage1, {k: v for k, v in state.items() if k != key}, state["settings"]["seed"])
+
+
+def test_a_run_goes_on_with_other_settings_only_where_they_change_no_weight(tmp_path: Path) -> None:
+    from xformer.resume import refuse_other_run
+
+    def described(*overrides: str, **more) -> dict:
+        return {
+            "stage": 2,
+            "settings": load_settings(overrides=overrides).dump(),
+            "task": "vqa",
+            "llm": {"sha256": "a"},
+        } | more
+
+    harmless = ["train.trackers=[]", "data.threads=7", "train.threads=1", "train.log_every=3", "store.cache_dir=/tmp/x"]
+    refuse_other_run(tmp_path, described(), described(*harmless))
+    others = {
+        r"stage1\.lr": described("train.lr=2e-4"),
+        "task = 'vqa', not 'caption'": described(task="caption"),
+        "llm.sha256": described(llm={"sha256": "b"}),
+        "questions": described(questions="0" * 64),
+    }
+    for says, other in others.items():
+        with pytest.raises(SettingsError, match=says):
+            refuse_other_run(tmp_path, described(), other)

@@ -158,3 +158,20 @@ def test_what_cannot_be_fine_tuned_is_refused_before_the_first_step(
     with pytest.raises(EvaluationError, match="holds no questions"):
         train_stage2([features], stage2, out, settings, None, False, "vqa", other)
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["--stage", "1", "--task", "vqa"], "--task fine-tunes a stage-2 run; give --stage 2"),
+        (["--stage", "2", "--questions", "qa.json"], "are read by --stage 2 --task vqa only"),
+        (["--stage", "2", "--task", "caption", "--annotations", "a.json"], "are read by --stage 2 --task vqa only"),
+    ],
+)
+def test_options_that_would_not_be_read_are_refused(
+    features: Path, tmp_path: Path, capsys: pytest.CaptureFixture, words: list[str], says: str
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["train", *words, "--features", str(features), "--out", str(tmp_path / "run")])
+    (told,) = capsys.readouterr().err.strip().splitlines()
+    assert stopped.value.code == 2 and says in told and not (tmp_path / "run").exists()

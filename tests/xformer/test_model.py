@@ -36,6 +36,20 @@ def test_every_loss_reaches_the_dual_block_and_none_the_decoder(pairs) -> None:
     assert 0 <= float(measured["itm_accuracy"]) <= 1
 
 
+@pytest.mark.parametrize(("outside", "bound"), [(1e-5, 0.001), (0.7, 0.5)])
+def test_a_temperature_that_left_its_range_is_put_back_and_learns_on(pairs, outside: float, bound: float) -> None:
+    settings = load_settings()
+    stage1 = build_stage1(settings, "qformer", pairs.tokenizer.vocabulary, pairs.tokenizer.begin)
+    stage1.temperature.data.fill_(outside)
+    batch, _ = pairs.batch(np.arange(0, 30, 3), 0)
+    losses, measured = stage1(batch, False, torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad(losses["itc"], stage1.temperature)
+    assert float(measured["temperature"]) == pytest.approx(bound) and float(
+        stage1.temperature.detach()
+    ) == pytest.approx(bound)
+    assert gradient.isfinite() and gradient != 0
+
+
 def test_reconstruction_sees_no_text(pairs) -> None:
     settings = load_settings()
     stage1 = build_stage1(settings, "xformer", pairs.tokenizer.vocabulary, pairs.tokenizer.begin).eval()
