@@ -4,6 +4,7 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -53,8 +54,9 @@ class Monitor:
     def __exit__(self, *_: object) -> None:
         if self.main:
             self.view.stop()
-            self.log.close()
             self.trackers.finish()
+            with suppress(OSError):  # what could not be written has been said when it was
+                self.log.close()
 
     def timed(self, batches: Iterable[T]) -> Iterator[T]:
         """The same batches; measures how long each is waited for. What happens until `stepped` counts as computing."""
@@ -121,8 +123,11 @@ class Monitor:
     def _write(self, line: dict[str, Any]) -> None:
         if not self.main:
             return
-        self.log.write(json.dumps(line) + "\n")
-        self.log.flush()
+        try:
+            self.log.write(json.dumps(line) + "\n")
+            self.log.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.file)) from None
         self.view.line(line)
         if line["event"] in ("train", "validate"):
             prefix = "" if line["event"] == "train" else "validation/"

@@ -6,6 +6,7 @@ cannot be reached is left out with one line, at the start or in the middle of a 
 
 import importlib.util
 import os
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,11 @@ def refuse_missing(names: Sequence[str]) -> None:
 def _tensorboard(folder: Path) -> Any:
     from accelerate.tracking import TensorBoardTracker
 
+    def hook(told: threading.ExceptHookArgs) -> None:  # the writer's error, a full disk for example, is raised again by
+        if type(told.thread).__name__ != "_AsyncWriterThread":  # the next call, which says it in a line
+            threading.__excepthook__(told)
+
+    threading.excepthook = hook
     return TensorBoardTracker("tensorboard", str(folder))
 
 

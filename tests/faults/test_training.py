@@ -159,6 +159,19 @@ def test_a_full_disk_while_saving_keeps_the_old_checkpoint(
     line("the disk is full while saving", 1, 1)
 
 
+def test_a_full_disk_while_logging_names_the_file(tmp_path: Path) -> None:
+    from xformer.alarms import Plan
+    from xformer.monitor import Monitor
+
+    run = tmp_path / "run"
+    run.mkdir()
+    monitor = Monitor(run, {"settings": {}, "stage": 1, "model": "qformer"}, Plan(9, 1, 16), 0, [], main=True)
+    monitor.log.close()
+    monitor.log = Path("/dev/full").open("a")
+    with pytest.raises(OSError, match="No space left on device.*log.jsonl"), monitor:
+        monitor.epoch(0, {"epoch": 0})
+
+
 def test_a_store_that_grows_is_read_as_it_was(features: Path, stage1: Path, small: list[str], tmp_path: Path) -> None:
     store, run = Path(shutil.copytree(features, tmp_path / "s.zarr")), tmp_path / "run"
     shutil.copytree(stage1, run)
