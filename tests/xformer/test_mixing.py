@@ -94,7 +94,7 @@ def test_a_resumed_mixture_reads_the_same_pairs(stores: list[Path], seen: Seen, 
         ("[1,2,3]", "data.weights: 3 given for 2 --features"),
         ("[-1,2]", "data.weights.0"),
         ("[0,0]", "data.weights must be finite, not negative, not all 0"),
-        ("[1,.inf]", "data.weights must be finite"),
+        ("[1,.inf]", "data.weights.1"),
     ],
 )
 def test_weights_that_do_not_fit_are_one_sentence_and_leave_nothing(
