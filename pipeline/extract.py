@@ -222,13 +222,16 @@ def extract(
 
 
 def _check_dead(dead: int, planned: int, letters: Iterable[dict], settings: Settings) -> None:
-    if dead == planned or dead > max(1, settings.corpus.max_dead_fraction * planned):
-        first = next(iter(letters))
-        raise CorpusError(
-            f"{dead} of {planned} images are unusable, more than corpus.max_dead_fraction = "
-            f"{settings.corpus.max_dead_fraction}; the first: {first['id']}: {first['reason']}; mend "
-            "them, or raise that setting to go on."
-        )
+    if not dead or dead < planned and dead <= max(1, settings.corpus.max_dead_fraction * planned):
+        return
+    first = next(iter(letters))
+    if dead == planned:
+        raise CorpusError(f"no image of {planned} is usable; the first: {first['id']}: {first['reason']}.")
+    raise CorpusError(
+        f"{dead} of {planned} images are unusable, more than corpus.max_dead_fraction = "
+        f"{settings.corpus.max_dead_fraction}; the first: {first['id']}: {first['reason']}; mend "
+        "them, or raise that setting to go on."
+    )
 
 
 def extract_again(path: Path, kinds: list[str] | None = None) -> int:

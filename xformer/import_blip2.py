@@ -11,8 +11,9 @@ from xformer import checkpoint
 from xformer.accounting import Account, Rules, account, plain, sizes
 from xformer.errors import WeightsError
 from xformer.model import Stage1, build_xformer
+from xformer.params import OPT, known_llm, llm_config
 from xformer.settings import Settings
-from xformer.weights import sha256_of
+from xformer.weights import is_here, sha256_of, sha256_of_folder
 
 OURS = "xformer.qformer"
 
@@ -133,6 +134,7 @@ def import_blip2(
     projection, width = "opt_proj.weight" if lavis else "language_projection.weight", settings.qformer.width
     stage = 2 if projection in tensors else 1
     llm_width = sizes(source, tensors, projection, ("LLM width", width))[0] if stage == 2 else 0
+    _refuse_other_llm(source, settings.llm.weights, llm_width)
     words = f"{'Qformer.bert.' if lavis else ''}embeddings.word_embeddings.weight"
     vocabulary = sizes(source, tensors, words, ("vocabulary", width))[0] if words in tensors else 0
     wanted = _wanted(settings, stage, vocabulary, llm_width)
@@ -150,11 +152,11 @@ def import_blip2(
     _start_new(found, wanted)
     identity = {"encoder": "clip", "model": settings.clip.architecture, "final_norm": False,
                 "image_size": settings.image_size, "layer": settings.clip.layers[0]}  # fmt: skip
-    file = source if source.is_file() else next(iter(sorted(source.glob("*.safetensors"))))
+    digest = sha256_of(source) if source.is_file() else sha256_of_folder(source)
     state = {
         "stage": stage, "model": "qformer", "settings": settings.dump(), "features": [], "identities": {"clip": identity},
         "draws": 0, "step": 0, "epoch": 0, "epochs": [], "seconds": 0.0, "validation": {},
-        "imported": {"from": str(source), "sha256": sha256_of(file)},
+        "imported": {"from": str(source), "sha256": digest},
     }  # fmt: skip
     if stage == 2:
         state["llm"] = {"width": llm_width, "sha256": None}
@@ -162,6 +164,18 @@ def import_blip2(
         raise WeightsError(f"--out {out} holds a run already; give another folder.")
     checkpoint.write(out, {"model": found.tensors}, state)
     return {"what": f"BLIP-2 stage {stage}", "imported": found.imported, "ignored": found.ignored, "new": found.new}
+
+
+def _refuse_other_llm(source: Path, weights: str, width: int) -> None:
+    """Raises WeightsError where llm.weights, whose width is known or can be read here, is not what a file projects to."""
+    name = known_llm(weights)
+    if width and (name in OPT or is_here(weights, ("config.json",))):
+        ours = llm_config(name, "llm.weights").word_embed_proj_dim
+        if ours != width:
+            raise WeightsError(
+                f"{source}: its language model has width {width}, llm.weights {weights} {ours}; name the file's own with "
+                "--set llm.weights=..."
+            )
 
 
 def _equal(tied: Tensor, original: Tensor) -> bool:

@@ -11,7 +11,7 @@ from xformer.console import say, table
 from xformer.errors import WeightsError
 from xformer.local import MODELS
 from xformer.model import Stage1, build_xformer
-from xformer.settings import Settings
+from xformer.settings import Settings, load_settings
 from xformer.weights import readable, resolve
 
 VOCABULARY = 30523  # bert-base-uncased and [DEC]
@@ -145,7 +145,9 @@ def params(settings: Settings, llm: str | None, as_json: bool) -> dict[str, Any]
         parts = {model: trained(settings, model, config.word_embed_proj_dim) for model in MODELS}
         first = {model: trained_stage1(settings, model) for model in MODELS}
         text = text_feed_forwards(settings)
-    figures = PAPER.get(name, {}) if settings.preset == "paper" else {}
+    own, paper = settings.dump(), load_settings("paper").dump()
+    same = all(own[part] == paper[part] for part in ("clip", "mae", "qformer", "dual", "local"))
+    figures = PAPER.get(name, {}) if same else {}
     report = {
         "preset": settings.preset,
         "llm": name,

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from xformer.errors import WeightsError
+
 KeysValues = tuple[Tensor, Tensor]  # each [B, heads, N, width / heads]
 EPS = 1e-12  # BERT's
 
@@ -218,6 +220,8 @@ def load_bert(qformer: QFormer, state: dict[str, Tensor]) -> None:
 
     Args:
         state: of transformers' BertForMaskedLM or BertForPreTraining.
+
+    Raises: WeightsError where a tensor is missing or of another size.
     """
     state = {key.removeprefix("bert."): value.float() for key, value in state.items()}
     pairs: list[tuple[Tensor, str]] = [
@@ -251,6 +255,13 @@ def load_bert(qformer: QFormer, state: dict[str, Tensor]) -> None:
                 pairs.append((own[f"layers.{i}.{ours}.{kind}"], f"encoder.layer.{i}.{theirs}.{kind}"))
     with torch.no_grad():
         for parameter, key in pairs:
+            if key not in state:
+                raise WeightsError(f"qformer.text: {key} is missing; its weights must be of a BERT with its LM head.")
             value = state[key]
-            # the rows of added tokens such as [DEC] keep their start; token types are dropped, as in LAVIS
+            grows = parameter is qformer.words.weight or parameter is qformer.head_bias  # by tokens such as [DEC]
+            more = len(parameter) - len(value)
+            if value.shape[1:] != parameter.shape[1:] or more < 0 or more and not grows:
+                have, want = tuple(value.shape), tuple(parameter.shape)
+                raise WeightsError(f"qformer.text: {key} has shape {have}, the settings ask for {want}.")
+            # the rows of added tokens keep their start; token types are dropped, as in LAVIS
             parameter[: len(value)].copy_(value)

@@ -5,7 +5,7 @@ import re
 import torch
 from torch import Tensor
 
-from xformer.weights import resolve
+from xformer.weights import readable, resolve
 
 
 def clean(caption: str, max_words: int) -> str:
@@ -61,7 +61,9 @@ def bert_state(spec: str) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     folder = resolve(spec, ("model.safetensors",), "qformer.text")
+    with readable(spec):
+        state = load_file(folder / "model.safetensors")
     return {
         key.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): value
-        for key, value in load_file(folder / "model.safetensors").items()
+        for key, value in state.items()
     }

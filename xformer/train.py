@@ -96,11 +96,16 @@ def _draws(run: Path, caches: list[Cache], resume: bool) -> int:
     return wanted
 
 
-def _prepare_run(run: Path, resume: bool) -> None:
-    if not resume and checkpoint.checkpoints(run):
+def _resumes(run: Path, resume: bool) -> bool:
+    """Whether there is a checkpoint to go on from. Raises CheckpointError where that is not what was asked for."""
+    have = bool(checkpoint.checkpoints(run))
+    if have and not resume:
         raise CheckpointError(f"{run} holds a run already; go on with --resume, or give another --out.")
-    if resume and not checkpoint.checkpoints(run):
-        raise CheckpointError(f"{run} holds no checkpoint to resume from; leave --resume out.")
+    if resume and not have:
+        if not (run / "settings.json").is_file():
+            raise CheckpointError(f"{run} holds no run to resume; leave --resume out.")
+        say(f"{run} stopped before its first checkpoint; it starts again")
+    return have
 
 
 def train_stage1(
@@ -111,7 +116,7 @@ def train_stage1(
     Args:
         init: a stage-1 run to start from, for example an imported BLIP-2; what the Q-Former has not starts as new.
     """
-    _prepare_run(run, resume)
+    resume = _resumes(run, resume)
     recipe = settings.stage1
     torch.manual_seed(settings.seed)
     train, val, caches = _pairs(features, settings, model, "stage1")
@@ -122,11 +127,16 @@ def train_stage1(
         load_bert(stage1.xformer.qformer, bert_state(settings.qformer.text))
     if init is not None:
         start, before = _start(init, 1, "--init")
-        _refuse_other_sizes(before["settings"], settings, init, ("qformer",))
+        if before["model"] not in ("qformer", model):
+            raise CheckpointError(
+                f"{init} is of the model {before['model']}, --model is {model}; start from that or from a qformer."
+            )
+        again = before["model"] == model
+        _refuse_other_sizes(before["settings"], settings, init, ("qformer", "dual") if again else ("qformer",))
         compare_identities(before["identities"], caches[0].identities(), str(init), str(features[0]))
         with torch.device("meta"):
             plain = {f"xformer.{n}" for n, _ in build_xformer(settings, "qformer", 1).named_parameters()}
-        beside = {n for n, _ in stage1.named_parameters() if n.startswith("xformer.")} - plain
+        beside = set() if again else {n for n, _ in stage1.named_parameters() if n.startswith("xformer.")} - plain
         checkpoint.load_model(start, stage1, new=frozenset(beside))
     described = _describe(settings, model, 1, train, _draws(run, caches, resume))
     loop = Loop(run, stage1, train, recipe, settings.data, settings.seed, described, resume)
@@ -152,7 +162,7 @@ def train_stage2(
         task: fine-tunes a stage-2 run instead, by the settings' `finetune`: on captions, or on questions with the loss on
             the answer only.
     """
-    _prepare_run(run, resume)
+    resume = _resumes(run, resume)
     asked = read_questions(questions, annotations) if task == "vqa" else None
     start, before = _start(init, 1, "stage 2") if task is None else _start(init, 2, "--task")
     if model is not None and model != before["model"]:

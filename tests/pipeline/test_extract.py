@@ -143,7 +143,7 @@ def test_nothing_usable_a_folder_of_other_things_and_no_gpu_are_refused(tmp_path
     (tmp_path / "one").mkdir()
     (tmp_path / "one/1.png").write_text("no picture")
     source, settings = open_corpus(tmp_path / "one"), load_settings()
-    with pytest.raises(CorpusError, match="1 of 1 images are unusable"):
+    with pytest.raises(CorpusError, match="no image of 1 is usable; the first: 1.png: not a picture"):
         extract(source, tmp_path / "s.zarr", ["clip"], settings, in_process=True)
     (tmp_path / "mine/folder").mkdir(parents=True)
     with pytest.raises(StoreError, match="holds other files"):

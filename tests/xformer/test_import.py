@@ -271,6 +271,8 @@ BAD = {
     "projection 0-D": ({"opt_proj__weight": torch.tensor(1.0)}, r"opt_proj.weight has shape \(\), not \(LLM width, 96\)"),
     "words 0-D": ({"Qformer__bert__embeddings__word_embeddings__weight": torch.tensor(1.0)},
                   r"word_embeddings.weight has shape \(\), not \(vocabulary, 96\)"),
+    "another LLM": ({"opt_proj__weight": torch.zeros(4096, 96), "opt_proj__bias": torch.zeros(4096)},
+                    "language model has width 4096, llm.weights embedded:llm 128"),
     "no number": ({f"{LAYER}x__crossattention__foo": torch.zeros(1)}, "first: .*layer.x.crossattention.foo"),
     "complex": ({"ln_vision__bias": torch.zeros(96, dtype=torch.complex64)}, "ln_vision.bias is torch.complex64"),
     "integers": ({"ln_vision__bias": torch.zeros(96, dtype=torch.int64)}, "ln_vision.bias is torch.int64"),

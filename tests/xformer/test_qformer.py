@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from xformer.errors import WeightsError
 from xformer.model import build_xformer
 from xformer.qformer import QFormer, load_bert
 from xformer.settings import load_settings
@@ -112,6 +113,21 @@ def test_text_is_bert_after_its_weights_are_loaded() -> None:
     torch.testing.assert_close(model.text(ids, mask)[mask], want[mask], rtol=1e-5, atol=1e-5)
     layer, theirs = model.layers[1], bert.bert.encoder.layer[1]
     torch.testing.assert_close(layer.query_ffn.intermediate.weight, theirs.intermediate.dense.weight, check_dtype=False)
+
+
+def test_a_bert_that_does_not_fit_is_named() -> None:
+    from transformers import BertConfig, BertForMaskedLM
+
+    sizes = {"vocab_size": 49, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 32}
+    wide = BertForMaskedLM(BertConfig(hidden_size=32, **sizes))
+    with pytest.raises(WeightsError, match=r"LayerNorm.weight has shape \(32,\), the settings ask for \(16,\)"):
+        load_bert(small(), wide.state_dict())
+    right = BertForMaskedLM(BertConfig(hidden_size=16, **sizes))
+    with pytest.raises(WeightsError, match=r"cls.predictions.transform.dense.weight is missing"):
+        load_bert(small(), right.bert.state_dict())
+    short = BertForMaskedLM(BertConfig(hidden_size=16, max_position_embeddings=8, **sizes))
+    with pytest.raises(WeightsError, match=r"position_embeddings.weight has shape \(8, 16\)"):
+        load_bert(small(), short.state_dict())
 
 
 def test_parameter_counts_are_those_of_blip2_and_of_the_paper() -> None:

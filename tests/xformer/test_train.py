@@ -130,6 +130,29 @@ def test_a_loss_that_is_not_finite_stops_after_three_steps_and_is_never_saved(
     assert all(torch.equal(a[k], b[k]) for k in a) and all(v.isfinite().all() for v in b.values())
 
 
+def test_a_start_of_another_model_or_depth_names_both(
+    features: Path, stage1: Path, small: list[str], tmp_path: Path
+) -> None:
+    for model, override, words in (
+        ("qformer", "seed=0", "is of the model xformer, --model is qformer"),
+        ("xformer", "dual.depth=2", "dual.depth is 2 here and 1 in"),
+    ):
+        settings = load_settings(overrides=[*small, override])
+        with pytest.raises((CheckpointError, SettingsError), match=words):
+            train_stage1([features], tmp_path / "run", settings, model, resume=False, init=stage1)
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again_with_resume(
+    features: Path, stage1: Path, small: list[str], tmp_path: Path
+) -> None:
+    run = Path(shutil.copytree(stage1, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints")
+    train_stage1([features], run, load_settings(overrides=small), "xformer", resume=True)
+    assert same(run, stage1)
+    with pytest.raises(CheckpointError, match="holds no run to resume"):
+        train_stage1([features], tmp_path / "none", load_settings(overrides=small), "xformer", resume=True)
+
+
 def test_stage_2_may_start_from_one_checkpoint_of_a_run(
     features: Path, stage1: Path, stage2: Path, small: list[str], tmp_path: Path
 ) -> None:
