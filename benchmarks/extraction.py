@@ -1,8 +1,9 @@
 """Extraction against the bare encoder: one process, two Dask workers; and the plan's seconds against real ones.
 
 A ViT-B/16 with random weights, 224 pixels, on drawn JPEGs. Rates are those of the steady state: between the results of an
-early and a late shard, so that neither the first decode nor the last write counts. Processor seconds stand beside, since
-other work on the machine comes and goes.
+early and a late shard, so that neither the first decode nor the last write counts. Bare passes are timed before and after
+every extraction, whose ratio is to their mean, and processor seconds stand beside, since other work on the machine comes
+and goes. Two to four minutes each on two idle cores.
 """
 
 import json
@@ -12,6 +13,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +21,12 @@ import numpy as np
 
 from xformer.console import quietly, say, table
 
-ROWS, SHARDS, ROUNDS, BATCH = 16, 8, 3, 16  # of one process
-WORKER_ROWS, WORKER_SHARDS = 8, 16  # of two workers
+ROWS = BATCH = 8
+SHARDS, ROUNDS, PASSES = 7, 4, 2  # of one process; PASSES of the bare encoder before and after
+WORKER_ROWS, WORKER_SHARDS, WORKER_ROUNDS, WORKER_PASSES = 4, 30, 3, 6  # of two workers
+
+
+PLANNED = 800  # images of the plan's real run
 
 
 def prepare(folder: Path, pictures: int) -> tuple[Any, Any]:
@@ -58,12 +64,12 @@ def declared(corpus: Any, path: Path, settings: Any) -> tuple[Any, Any]:
     return job, {shard: (list(specs), []) for shard in range(index.shards)}
 
 
-def steady(results: Iterable[dict], skip: int, clock: Callable[[], float] = time.perf_counter) -> tuple[float, float]:
-    """Wall and processor seconds per image between result number `skip` from the start and from the end."""
-    marks = [(clock(), time.process_time(), result["rows"]) for result in results]
-    first, last = skip, len(marks) - skip
-    rows = sum(rows for _, _, rows in marks[first + 1 : last + 1])
-    return (marks[last][0] - marks[first][0]) / rows, (marks[last][1] - marks[first][1]) / rows
+def steady(results: Iterable[dict], skip: int) -> tuple[float, float]:
+    """Wall and processor seconds per image from the end of shard number `skip` to that of the last but `skip`, in the
+    order in which they ended: shards in flight overtake each other, and those that wait to be handed on are done."""
+    ends = sorted((result["ended"], result["processor"], result["rows"]) for result in results)[skip : -skip or None]
+    rows = sum(rows for _, _, rows in ends[1:])
+    return (ends[-1][0] - ends[0][0]) / rows, (ends[-1][1] - ends[0][1]) / rows
 
 
 BARE = """
@@ -74,7 +80,7 @@ from benchmarks.extraction import bare_pass
 from pipeline.encode import encoder
 torch.set_num_threads(1)
 model, rounds = encoder("clip", Path(sys.argv[1]).read_text()), int(sys.argv[2])
-run = bare_pass(model)
+run = bare_pass(model, int(sys.argv[3]))
 run()
 print("ready", flush=True)
 sys.stdin.readline()
@@ -85,11 +91,11 @@ print(time.perf_counter() - began)
 """
 
 
-def bare_pass(model: Any) -> Callable[[], float]:
+def bare_pass(model: Any, rows: int) -> Callable[[], float]:
     """The forward pass alone on one prepared batch; returns its processor seconds."""
     import torch
 
-    batch = torch.randn(BATCH, 3, 224, 224)
+    batch = torch.randn(rows, 3, 224, 224)
 
     def run() -> float:
         began = time.process_time()
@@ -111,26 +117,39 @@ def one_process(folder: Path) -> dict[str, float]:
 
     corpus, settings = prepare(folder, ROWS * SHARDS)
     settings = with_overrides(settings, [f"store.shard_rows={ROWS}"])
-    run = bare_pass(encoder("clip", settings.model_dump_json()))
+    run = bare_pass(encoder("clip", settings.model_dump_json()), BATCH)
     run()
-    bare, ours, bare_cpu, ours_cpu = [], [], [], []
+
+    def bare_now() -> tuple[float, float]:
+        began = time.perf_counter()
+        worked = sum(run() for _ in range(PASSES))
+        return (time.perf_counter() - began) / (PASSES * BATCH), worked / (PASSES * BATCH)
+
+    bare, ours = [bare_now()], []
     for number in range(ROUNDS):
         job, todo = declared(corpus, folder / f"{number}.zarr", settings)
-        began = time.perf_counter()
-        worked = sum(run() for _ in range(SHARDS // 2))
-        bare.append((time.perf_counter() - began) / (SHARDS // 2 * BATCH))
-        bare_cpu.append(worked / (SHARDS // 2 * BATCH))
-        wall, worked = steady(cluster.run_here(job, todo, 1, None), 1)
-        ours.append(wall)
-        ours_cpu.append(worked)
-    pairs = [b / o for b, o in zip(bare, ours, strict=True)]
+        ours.append(steady(cluster.run_here(job, todo, 1, None), 1))
+        bare.append(bare_now())
+        line(
+            f"round {number + 1} of {ROUNDS}, ms per image: bare {1e3 * bare[-1][0]:.0f}, extraction {1e3 * ours[-1][0]:.0f}"
+        )
+    wall, worked = ([b / o[part] for b, o in zip(neighbours(bare, part), ours, strict=True)] for part in (0, 1))
     return {
-        "bare encoder, ms per image": 1e3 * statistics.median(bare),
-        "extraction, ms per image": 1e3 * statistics.median(ours),
-        "extraction : bare encoder, rate": statistics.median(pairs),
-        "lowest of the rounds": min(pairs),
-        "the same in processor time": statistics.median(b / o for b, o in zip(bare_cpu, ours_cpu, strict=True)),
+        "bare encoder, ms per image": 1e3 * statistics.median(seconds for seconds, _ in bare),
+        "extraction, ms per image": 1e3 * statistics.median(seconds for seconds, _ in ours),
+        "extraction : bare encoder, rate": statistics.median(wall),
+        "lowest of the rounds": min(wall),
+        "the same in processor time": statistics.median(worked),
     }
+
+
+def neighbours(found: list[tuple[float, float]], part: int) -> list[float]:
+    """The mean of each two measurements that follow each other."""
+    return [(before[part] + after[part]) / 2 for before, after in pairwise(found)]
+
+
+def line(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 def two_workers(folder: Path) -> dict[str, float]:
@@ -139,27 +158,31 @@ def two_workers(folder: Path) -> dict[str, float]:
     from xformer.settings import with_overrides
 
     corpus, settings = prepare(folder, WORKER_ROWS * WORKER_SHARDS)
-    settings = with_overrides(settings, [f"store.shard_rows={WORKER_ROWS}", f"clip.batch={WORKER_ROWS}"])
+    settings = with_overrides(settings, [f"store.shard_rows={WORKER_ROWS}"])
     (folder / "settings.json").write_text(settings.model_dump_json())
-    passes = WORKER_ROWS * WORKER_SHARDS // BATCH // 2
-    rates: dict[str, list[float]] = {"bare": [], "ours": []}
-    for number in range(2):
-        line = [sys.executable, "-c", BARE, str(folder / "settings.json"), str(passes)]
+
+    def bare_now() -> float:
+        command = [sys.executable, "-c", BARE, str(folder / "settings.json"), str(WORKER_PASSES), str(WORKER_ROWS)]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        children = [subprocess.Popen(line, **pipes) for _ in range(2)]
+        children = [subprocess.Popen(command, **pipes) for _ in range(2)]
         for child in children:
             assert child.stdout is not None and child.stdout.readline().strip() == "ready"
         seconds = [float(out.split()[-1]) for out in _start_together(children)]
-        rates["bare"].append(sum(passes * BATCH / s for s in seconds))
+        return sum(WORKER_PASSES * WORKER_ROWS / s for s in seconds)
+
+    bare, ours = [bare_now()], []
+    for number in range(WORKER_ROUNDS):
         job, todo = declared(corpus, folder / f"w{number}.zarr", settings)
-        wall, _ = steady(cluster.run_on_dask(job, todo, 2, None), 3)
-        rates["ours"].append(1 / wall)
-    pairs = [o / b for o, b in zip(rates["ours"], rates["bare"], strict=True)]
+        wall, _ = steady(cluster.run_on_dask(job, todo, 2, None), 8)  # all are at work, and not one alone
+        ours.append(1 / wall)
+        bare.append(bare_now())
+        line(f"round {number + 1} of {WORKER_ROUNDS}, images/s: bare {bare[-1]:.2f}, two workers {ours[-1]:.2f}")
+    ratios = [o / (b + a) * 2 for o, (b, a) in zip(ours, pairwise(bare), strict=True)]
     return {
-        "two bare encoders, images/s": statistics.median(rates["bare"]),
-        "two workers, images/s": statistics.median(rates["ours"]),
-        "two workers : two bare encoders": statistics.median(pairs),
-        "lowest of the rounds": min(pairs),
+        "two bare encoders, images/s": statistics.median(bare),
+        "two workers, images/s": statistics.median(ours),
+        "two workers : two bare encoders": statistics.median(ratios),
+        "lowest of the rounds": min(ratios),
     }
 
 
@@ -200,7 +223,7 @@ def planned() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         here = Path(folder)
         with quietly():
-            write_shapes(here / "shapes", 2000, 100, seed=0)
+            write_shapes(here / "shapes", PLANNED, 100, seed=0)
         source, counted = open_corpus(here / "shapes"), operations.encoder_operations(settings)
         report = plan(
             source, None, settings, Machine(8, 125.0, None), counted,
@@ -212,8 +235,10 @@ def planned() -> dict[str, Any]:
             for kind in ("clip", "mae"):
                 done = extract(source, here / "s.zarr", [kind], settings, in_process=True)
                 real[f"extract {kind}"] = done["encoders"][kind]["seconds"]
+                line(f"extract {kind}: {real[f'extract {kind}']:.1f} s")
             stage1 = train_stage1([here / "s.zarr"], here / "1", settings, "xformer", False)
             stage2 = train_stage2([here / "s.zarr"], here / "1", here / "2", settings, None, False)
+            line(f"train: {stage1['seconds']:.1f} s and {stage2['seconds']:.1f} s")
             real |= {"train stage 1": stage1["seconds"], "train stage 2": stage2["seconds"]}
         size = done["bytes"]
     rows = [

@@ -2,7 +2,7 @@
 
 Index, captions, commit records and shard files of three arrays are real in number (27,344 shards each); the shards are
 sparse files in which only the rows that are read here were written. A row is as small as the tiny models', so that the
-figures are of what grows with the corpus; a batch of the paper's sizes adds its own bytes. The store takes about 2 GB
+figures are of what grows with the corpus; a batch of the paper's sizes adds its own bytes. The store takes about 3 GB
 of disk and is removed. SCALE_IMAGES=100000 makes a smaller one.
 """
 

@@ -80,7 +80,8 @@ def encode_shard(
         known: dead letters that arrays of the same pass hold already for this shard, so that all arrays agree.
         only: encode only these rows and commit nothing; used to find an image that crashes the process.
 
-    Returns: its number, rows, dead letters, and seconds in all and inside the encoders.
+    Returns: its number, rows, dead letters, seconds in all and inside the encoders, and when it ended: by the machine's
+    clock, which all processes share, and by the processor seconds of this one.
     """
     import torch
 
@@ -114,7 +115,8 @@ def encode_shard(
                 if part in names:
                     store.write_shard(where, part, index, shard, block, ids, letters, forward / len(names))
         result["dead"] = letters
-    return result | {"seconds": time.perf_counter() - began}
+    ended = time.perf_counter()
+    return result | {"seconds": ended - began, "ended": ended, "processor": time.process_time()}
 
 
 def decode(
