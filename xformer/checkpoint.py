@@ -53,7 +53,7 @@ def save(run: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: d
         )
     without = sorted(set(trained) - {name.rpartition("/")[0] for name in moments})
     target = write(run, {"model": trained, "optimizer": moments}, state | {"without_moments": without})
-    retain(run, keep)
+    retain(run, keep, state["step"])
     return target
 
 
@@ -90,10 +90,14 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def retain(run: Path, keep: int) -> None:
-    """Removes all but the newest `keep` complete checkpoints, and what interrupted saves and removals have left."""
+def retain(run: Path, keep: int, last: int) -> None:
+    """Removes all but the newest `keep` complete checkpoints, and what interrupted saves and removals have left.
+
+    Args:
+        last: the step that was just saved. What is newer was damaged, or the run would have gone on from it.
+    """
     complete = checkpoints(run)
-    steps = sorted({_step(folder) for folder in complete})[-keep:]
+    steps = sorted({step for folder in complete if (step := _step(folder)) <= last})[-keep:]
     kept = {_step(folder): folder for folder in complete if _step(folder) in steps}
     for folder in (run / "checkpoints").iterdir():
         if folder in kept.values() or not folder.is_dir():

@@ -61,6 +61,7 @@ class Loop:
             torch.use_deterministic_algorithms(True, warn_only=True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         world, parts = self.accelerator.num_processes, recipe.accumulate
+        say(f"training on {self.accelerator.device.type} in {world} process{'' if world == 1 else 'es'}")
         if recipe.batch > len(pairs):
             raise SettingsError(f"train.batch is {recipe.batch:,} and there are {len(pairs):,} pairs; make it smaller.")
         if recipe.batch % (world * parts):

@@ -232,6 +232,15 @@ def test_a_damaged_newest_checkpoint_is_said_and_none_left_is_an_error(tmp_path:
     assert "optimizer.safetensors is damaged" in capsys.readouterr().out
 
 
+def test_a_save_after_a_resume_behind_a_damaged_checkpoint_stays(tmp_path: Path) -> None:
+    for step in (2, 4):
+        saved = checkpoint.save(tmp_path, *trained(float(step)), STATE | {"step": step}, keep=2)
+    (saved / "model.safetensors").write_bytes(b"damaged")
+    assert checkpoint.newest(tmp_path).name == "step-00000002"
+    three = checkpoint.save(tmp_path, *trained(3.0), STATE | {"step": 3}, keep=1)
+    assert checkpoint.checkpoints(tmp_path) == [three] and checkpoint.newest(tmp_path) == three
+
+
 def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
     put(tmp_path, 1)
     with pytest.raises(CheckpointError, match="weight holds values that are NaN"):
