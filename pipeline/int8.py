@@ -30,7 +30,7 @@ def dequantise(tokens: np.ndarray, scale: np.ndarray, channels: np.ndarray) -> n
 
 
 def dequantise_into(out: np.ndarray, tokens: np.ndarray, scale: np.ndarray, channels: np.ndarray) -> None:
-    """The same numbers into `out`, float16 [..., C], ten times as fast: torch converts to float32 and rounds to float16
+    """The same numbers into `out`, float16 [..., C]: torch converts to float32 and rounds to float16
     with vector instructions, and the float32 in between stays in the CPU's cache."""
     import torch
 

@@ -169,7 +169,7 @@ def test_a_refused_extraction_leaves_no_object(server: Server, tmp_path: Path, s
     (tmp_path / "pictures").mkdir()
     for name in "abc":
         (tmp_path / f"pictures/{name}.png").write_bytes(b"")
-    with pytest.raises(CorpusError, match="unusable"):
+    with pytest.raises(CorpusError, match="no image of 3 is usable"):
         extract(open_corpus(tmp_path / "pictures"), Path("s3://bucket/no.zarr"), ["clip"], settings, in_process=True)
     assert not places.walk(Path("s3://bucket/no.zarr"))
 
