@@ -435,10 +435,9 @@ def train(
         train_stage1(features, out or Path("runs/stage1"), settings, chosen, resume, init)
     else:
         name = task.value if task else "stage2"
-        start = init or Path("runs/stage2" if task else "runs/stage1")
         chosen, doing = model.value if model else None, task.value if task else None
         run = out or Path("runs") / name
-        train_stage2(features, start, run, settings, chosen, resume, doing, questions, annotations)
+        train_stage2(features, init, run, settings, chosen, resume, doing, questions, annotations)
 
 
 def _temporary(images: Path, run: Path, wanted: set[str] | None, overrides: list[str]) -> Path:
@@ -693,9 +692,11 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         run_command(words)
     except (KeyboardInterrupt, typer.Abort, Stopped) as stop:
-        training = isinstance(stop, Stopped) and words[:1] == ["train"]  # demo and ablate resume their runs themselves
-        said = stop if training else "stopped; what was committed stays, run the same command again to go on."
-        print(f"xformer: {said}", file=sys.stderr)
+        training = words[:1] == ["train"]  # demo and ablate resume their runs themselves
+        how = "go on with --resume" if training else "run the same command again to go on"
+        said = stop if training and isinstance(stop, Stopped) else f"stopped; what was committed stays, {how}."
+        if os.environ.get("RANK", "0") == "0":
+            print(f"xformer: {said}", file=sys.stderr)
         code = 130
     except UserError as error:
         print(f"xformer: {error}", file=sys.stderr)

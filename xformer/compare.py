@@ -15,14 +15,12 @@ from xformer import publish
 from xformer.console import say, table
 from xformer.errors import CheckpointError, SettingsError
 from xformer.monitor import read_log
-from xformer.resume import HARMLESS
+from xformer.resume import HARMLESS, unread
 
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's t
 INSIDE = 0.9  # of all points must lie in the band; a further seed has 95% of them there on average
 SPEED = {"epoch", "draw", "lr", "samples_per_second", "data_wait", "memory_mib", "seconds_left", "temperature"}
 CONSTANT = {"itm_constant", "recall1_of"}
-UNREAD = {1: ("stage2.", "finetune.", "eval.", "llm."), 2: ("stage1.", "finetune.", "eval.")}  # settings, by stage
-
 Curve = dict[int, list[float]]  # step -> the value of each seed
 
 
@@ -71,7 +69,8 @@ def read_record(path: Path, stage: int | None = None) -> Record:
     lines = read_log(path)
     try:
         settings = _flat(described["settings"]) | _flat({"features": described["identities"]})
-        settings = {k: v for k, v in settings.items() if not k.startswith(UNREAD[described["stage"]])}
+        left_out = tuple(f"{section}." for section in unread(described))
+        settings = {k: v for k, v in settings.items() if not k.startswith(left_out)}
         record = Record(str(path), described["stage"], described["model"], settings, [described["settings"]["seed"]],
                         curves_of([lines]))  # fmt: skip
     except (KeyError, TypeError) as error:

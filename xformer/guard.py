@@ -36,5 +36,6 @@ class Guard:
             worst = next((name for name, value in told.items() if isinstance(value, str)), "the gradient")
             raise TrainingError(
                 f"{worst} was not finite in {MAX_BAD_STEPS} steps in a row (step {step}); the last checkpoint is kept and "
-                f"{file} names the samples: lower train.lr, or use train.precision=bf16."
+                f"{file} names the samples: train anew with a lower train.lr or train.precision=bf16; a first stage may "
+                "start from this run (--init)."
             )

@@ -88,7 +88,7 @@ class Loop:
         self.start, self.history, self.seconds = 0, [], 0.0
         self.validation: dict[str, float] = {}
         self.guard = Guard(folder, pairs, [])
-        self._measured: dict[str, list[Tensor]] = {}  # since the last line of the log
+        self._measured: dict[str, list[float]] = {}  # by step since the last line of the log, means over all processes
         self._now: dict[str, list[Tensor]] = {}  # in this step
         if resume:
             newest = checkpoint.newest(folder)
@@ -100,21 +100,22 @@ class Loop:
             load_scaler(newest, state, self.accelerator.scaler)
             self.start, self.history, self.seconds = state["step"], state["epochs"], state["seconds"]
             self.validation, self.guard.bad = state["validation"], state["nonfinite"]
+            self._measured = state["measured"]
+            if self.accelerator.device.type == "cpu" and state["cpu_threads"] != torch.get_num_threads():
+                say(
+                    f"{state['cpu_threads']} threads until here, {torch.get_num_threads()} now: sums are rounded in another "
+                    "order, so the weights are no longer bit for bit those of a run that was not interrupted"
+                )
             say(f"resuming {folder} at step {self.start:,}")
 
     def measure(self, **values: Tensor) -> None:
-        """Remembers what this step found until the next line of the log, if the step counts."""
+        """Remembers what a part of this step found until the next line of the log, if the step counts."""
         for name, value in values.items():
             self._now.setdefault(name, []).append(value.detach().float())
 
     def _means(self) -> dict[str, float]:
-        """What was measured since the last line of the log, over its steps and over all processes."""
-        if not self._measured:
-            return {}
-        means: Any = self.accelerator.reduce(
-            torch.stack([torch.stack(v).mean() for v in self._measured.values()]), "mean"
-        )
-        found = dict(zip(self._measured, means.tolist(), strict=True))
+        """What was measured since the last line of the log, over its steps."""
+        found = {name: sum(values) / len(values) for name, values in self._measured.items()}
         self._measured.clear()
         return found
 
@@ -162,6 +163,7 @@ class Loop:
                     if main and (done % recipe.save_every == 0 or last or stopping):
                         self._save(done, read.epoch, began, measured)
                     if stopping:
+                        accelerator.wait_for_everyone()  # a launcher ends all processes when the first one ends
                         raise Stopped(f"stopped; step {done:,} is saved in {self.folder}, go on with --resume.")
         finally:
             accelerator.end_training()
@@ -200,18 +202,20 @@ class Loop:
             for name, value in (losses | {"loss": loss * len(parts)}).items():
                 found[name] = found.get(name, 0.0) + value.detach().float() / len(parts)
         norm: Any = accelerator.clip_grad_norm_(self.model.parameters(), recipe.clip_norm)
+        found["gradient_norm"] = norm.detach().float()
         asked = norm.new_tensor(self.asked(), dtype=torch.float32)  # all processes stop after the same step
-        told: Any = accelerator.reduce(torch.stack([*found.values(), norm.detach().float(), asked]), "mean")
+        beside = {name: torch.stack(values).mean() for name, values in self._now.items()}
+        told: Any = accelerator.reduce(torch.stack([*found.values(), *beside.values(), asked]), "mean")
         *values, stop = told.tolist()
-        means, self.stopping = dict(zip([*found, "gradient_norm"], values, strict=True)), stop > 0
+        every, self.stopping = dict(zip([*found, *beside], values, strict=True)), stop > 0
+        means = {name: every[name] for name in found}
         finite = all(map(math.isfinite, means.values()))  # a mean over processes is not, where one of them is not
         scaler = accelerator.scaler
         overflow = scaler is not None and math.isfinite(means["loss"]) and scaler.get_scale() > 1
         if finite:
             self.optimizer.step()
-            self.measure(**found, gradient_norm=norm)
-            for name, values in self._now.items():
-                self._measured.setdefault(name, []).extend(values)
+            for name, value in every.items():
+                self._measured.setdefault(name, []).append(value)
         else:
             monitor.skipped(read.step + 1, means)
             if scaler is not None:  # fp16: a gradient that overflows under its scale is no fault of the run; it halves
@@ -227,6 +231,8 @@ class Loop:
             "seconds": round(self.seconds + time.perf_counter() - began, 1),
             "validation": measured,
             "nonfinite": self.guard.bad,
+            "measured": self._measured,
+            "cpu_threads": torch.get_num_threads(),
             "random": {"seed": self.seed, "step": step},
             "scaler": scaler_state(self.accelerator.scaler),
         }

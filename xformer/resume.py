@@ -32,10 +32,23 @@ HARMLESS = (
 )  # settings that change neither: a run may go on with others, for example on another machine
 
 
+def unread(described: dict[str, Any]) -> tuple[str, ...]:
+    """The sections of the settings that a run does not read: they may differ when it goes on, and say nothing about it."""
+    if described["stage"] == 1:
+        return ("stage2", "finetune", "eval", "llm")
+    return ("stage1", "finetune") if described.get("task") else ("stage1", "finetune", "eval")
+
+
 def refuse_other_run(run: Path, state: dict[str, Any], described: dict[str, Any]) -> None:
     """Raises SettingsError, which names the field, where a run would go on in another way than it was started."""
+    left_out = unread(described)
     for key in SAME:
-        if difference := _difference(state.get(key), described.get(key), key):
+        there, here = state.get(key), described.get(key)
+        if key == "settings":
+            there, here = (
+                {k: v for k, v in values.items() if k not in left_out} for values in (there or {}, here or {})
+            )
+        if difference := _difference(there, here, key):
             raise SettingsError(f"{run} was started with {difference}; use the same, or start a new run.")
 
 
@@ -58,7 +71,7 @@ def refuse_missing_state(checkpoint: Path, state: dict[str, Any], seed: int) -> 
     """
     if state.get("random") != {"seed": seed, "step": state.get("step")}:
         raise CheckpointError(f"{checkpoint} lacks the state of the random generators; use an older one.")
-    if missing := {"scaler", "nonfinite", "epochs", "validation", "seconds"} - set(state):
+    if missing := {"scaler", "nonfinite", "epochs", "validation", "seconds", "measured", "cpu_threads"} - set(state):
         raise CheckpointError(f"{checkpoint} lacks {min(missing)} in state.json; use an older one.")
 
 

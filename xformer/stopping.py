@@ -2,22 +2,26 @@
 
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+AGAIN = 2.0  # seconds after which a second Ctrl-C is one of a person
 
 
 @contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Yields a function that tells whether a stop was asked for; a second Ctrl-C stops at once.
+    """Yields a function that tells whether a stop was asked for; a second Ctrl-C, seconds later, stops at once.
 
+    A launcher forwards the signals that its processes get as well, so one request may come twice.
     Outside the main thread, where no signal can be caught, nothing is ever asked.
     """
-    asked: list[int] = []
+    asked: list[float] = []
 
     def remember(number: int, frame: object) -> None:
-        if asked:
+        if asked and number == signal.SIGINT and time.monotonic() > asked[0] + AGAIN:
             raise KeyboardInterrupt
-        asked.append(number)
+        asked.append(time.monotonic())
 
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False

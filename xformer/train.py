@@ -153,18 +153,24 @@ def train_stage1(
 
 
 def train_stage2(
-    features: list[Path], init: Path, run: Path, settings: Settings, model: str | None, resume: bool,
+    features: list[Path], init: Path | None, run: Path, settings: Settings, model: str | None, resume: bool,
     task: Task | None = None, questions: Path | None = None, annotations: Path | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Stage 2: Z' -> linear -> frozen OPT. Starts from a stage-1 run; returns the run's summary.
 
     Args:
+        init: what to start from; None: runs/stage1, or for a task runs/stage2. A run that goes on knows its own.
         task: fine-tunes a stage-2 run instead, by the settings' `finetune`: on captions, or on questions with the loss on
             the answer only.
     """
     resume = _resumes(run, resume)
     asked = read_questions(questions, annotations) if task == "vqa" else None
-    start, before = _start(init, 1, "stage 2") if task is None else _start(init, 2, "--task")
+    if resume:
+        start, init = checkpoint.newest(run), _own_start(run, init)
+        before = checkpoint.read_state(start)
+    else:
+        init = init or Path("runs/stage2" if task else "runs/stage1")
+        start, before = _start(init, 1, "stage 2") if task is None else _start(init, 2, "--task")
     if model is not None and model != before["model"]:
         raise CheckpointError(f"{init} is a {before['model']} run, --model says {model}; leave --model out.")
     model = str(before["model"])
@@ -213,6 +219,16 @@ def _refuse_other_sizes(before: dict[str, Any], settings: Settings, init: Path, 
                 f"{section}.{difference} is {ours.get(difference)!r} here and {theirs[difference]!r} in {init}; "
                 "use the same settings in both stages."
             )
+
+
+def _own_start(run: Path, init: Path | None) -> Path:
+    """What a stage-2 run that goes on was started from. Raises CheckpointError where another start is asked for."""
+    state = checkpoint.read_state(checkpoint.newest(run))
+    if state["stage"] != 2:
+        raise CheckpointError(f"{run} holds a run of stage {state['stage']}, not of stage 2; give another --out.")
+    if init is not None and absolute(init) != absolute(Path(state["init"])):
+        raise CheckpointError(f"{run} was started from {state['init']}, not from {init}; leave --init out.")
+    return Path(state["init"])
 
 
 def _start(init: Path, stage: int, who: str) -> tuple[Path, dict[str, Any]]:

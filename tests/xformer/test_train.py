@@ -4,6 +4,9 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from xformer import checkpoint
+from xformer import checkpoint, stopping
 from xformer.errors import CheckpointError, SettingsError, Stopped, StoreError, TrainingError
 from xformer.loop import Loop
 from xformer.monitor import read_log
@@ -62,6 +65,84 @@ def test_a_run_that_is_asked_to_stop_saves_its_step_and_goes_on_bitwise_the_same
     assert checkpoint.read_state(checkpoint.newest(tmp_path / "run"))["step"] == 3
     train_stage1([features], tmp_path / "run", settings, "xformer", resume=True)
     assert same(tmp_path / "run", stage1)
+
+
+def test_a_request_to_stop_that_comes_twice_at_once_is_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [10.0]
+    monkeypatch.setattr(stopping.time, "monotonic", lambda: now[0])
+    with stopping.asked_to_stop() as asked:
+        assert not asked()
+        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGINT):
+            signal.raise_signal(number)
+        assert asked()
+        now[0] += 3
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_the_log_of_a_resumed_run_says_what_an_uninterrupted_one_does(
+    features: Path, small: list[str], tmp_path: Path
+) -> None:
+    settings = load_settings(overrides=[*small, "train.log_every=4"])  # and saved every 2 steps
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    train_stage1([features], whole, settings, "xformer", resume=False)
+    shutil.copytree(whole, run)
+    shutil.rmtree(checkpoint.checkpoints(run)[-1])
+    train_stage1([features], run, settings, "xformer", resume=True)
+    first, second = ([e for e in read_log(r) if e["event"] == "train"] for r in (whole, run))
+    assert [e["step"] for e in first] == [4] == [e["step"] for e in second]
+    for name in ("loss", "itc", "itm_accuracy", "temperature", "gradient_norm"):
+        assert first[0][name] == second[0][name], name
+
+
+def test_a_run_goes_on_with_other_settings_of_later_stages_and_says_that_threads_differ(
+    features: Path, stage1: Path, small: list[str], tmp_path: Path, monkeypatch, capsys: pytest.CaptureFixture
+) -> None:
+    copy = Path(shutil.copytree(stage1, tmp_path / "run"))
+    shutil.rmtree(checkpoint.checkpoints(copy)[-1])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 99)
+    other = load_settings(overrides=[*small, "stage2.lr=2e-4", "eval.beams=1", "finetune.epochs=2"])
+    train_stage1([features], copy, other, "xformer", resume=True)
+    assert "99 now" in capsys.readouterr().out
+
+
+def test_stage_2_goes_on_from_its_own_start(
+    features: Path, stage1: Path, stage2: Path, small: list[str], tmp_path: Path
+) -> None:
+    settings, copy = load_settings(overrides=small), Path(shutil.copytree(stage2, tmp_path / "run"))
+    shutil.rmtree(checkpoint.checkpoints(copy)[-1])
+    with pytest.raises(CheckpointError, match="was started from .*stage1, not from"):
+        train_stage2([features], stage2, copy, settings, None, resume=True)
+    with pytest.raises(CheckpointError, match="holds a run of stage 1"):
+        train_stage2([features], None, stage1, settings, None, resume=True)
+    train_stage2([features], None, copy, settings, None, resume=True)
+    assert same(copy, stage2)
+    assert checkpoint.read_state(checkpoint.newest(copy))["init"] == str(stage1)
+
+
+def test_two_processes_that_are_asked_to_stop_save_the_same_step(
+    features: Path, small: list[str], tmp_path: Path
+) -> None:
+    line = ["train", "--stage", "1", "--features", str(features), "--out", str(tmp_path / "run"), "--model", "qformer"]
+    wanted = [
+        *small,
+        "train.max_steps=5000",
+        "train.save_every=5000",
+        "train.validate_every=5000",
+        "stage1.epochs=5000",
+    ]
+    line += [word for override in wanted for word in ("--set", override)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "cli"]
+    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    child = subprocess.Popen([*launch, *line], env=environment, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run/log.jsonl"
+    while child.poll() is None and not (log.is_file() and log.read_text().count('"train"') >= 2):
+        time.sleep(0.1)
+    child.terminate()  # the launcher hands it on to both
+    _, error = child.communicate(timeout=300)
+    step = checkpoint.read_state(checkpoint.newest(tmp_path / "run"))["step"]
+    assert 2 <= step < 5000 and error.count(f"stopped; step {step:,} is saved") == 1, error
 
 
 def test_the_same_store_twice_is_refused(features: Path, small: list[str], tmp_path: Path) -> None:
@@ -220,9 +301,6 @@ def test_several_stores_train_together(features: Path, small: list[str], tmp_pat
 
 
 def test_two_processes_go_on_with_a_run_of_one(features: Path, stage1: Path, small: list[str], tmp_path: Path) -> None:
-    import subprocess
-    import sys
-
     run = Path(shutil.copytree(stage1, tmp_path / "run"))
     shutil.rmtree(checkpoint.checkpoints(run)[-1])
     line = ["train", "--stage", "1", "--features", str(features), "--out", str(run), "--resume"]

@@ -87,7 +87,7 @@ def finish(run: Run) -> dict[str, Any]:
     if not (run.stage2 / "summary.json").is_file():
         publish.write_json(run.stage2 / "made.json", run.made_with())
         resume = bool(checkpoint.checkpoints(run.stage2))
-        train_stage2([run.store], run.stage1, run.stage2, run.settings, None, resume)
+        train_stage2([run.store], None if resume else run.stage1, run.stage2, run.settings, None, resume)
     began = time.perf_counter()
     scores = {name: measure(run, name, questions) for name, questions in run.benchmarks.items()}
     evaluation = time.perf_counter() - began
