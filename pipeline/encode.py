@@ -37,7 +37,7 @@ def _load(kind: str, settings_json: str, gpus: bool, worker: int) -> Any:
 def encoder(kind: str, settings_json: str, gpus: bool = False, worker: int = 0) -> Any:
     """One encoder per worker process, loaded once."""
     with _forward:
-        return _load(kind, settings_json, gpus, worker)
+        return _load(kind, settings_json, gpus, worker if gpus else 0)  # on the CPU one serves every task
 
 
 def view_of(name: str, views: int) -> int:

@@ -226,7 +226,7 @@ def test_a_run_goes_on_with_other_settings_only_where_they_change_no_weight(tmp_
     harmless = ["train.trackers=[]", "data.threads=7", "train.threads=1", "train.log_every=3", "store.cache_dir=/tmp/x"]
     refuse_other_run(tmp_path, described(), described(*harmless))
     others = {
-        r"stage1\.lr": described("train.lr=2e-4"),
+        r"stage2\.lr": described("train.lr=2e-4"),
         "task = 'vqa', not 'caption'": described(task="caption"),
         "llm.sha256": described(llm={"sha256": "b"}),
         "questions": described(questions="0" * 64),
