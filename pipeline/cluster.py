@@ -38,7 +38,7 @@ def run_here(job: Job, todo: Todo, workers: int, scheduler: str | None) -> Itera
             while True:
                 while len(waiting) < IN_FLIGHT and (item := next(left, None)) is not None:
                     shard, (names, known) = item
-                    task = (job.store, shard, names, known, job.settings_json, job.root, 0, job.gpus, 0)
+                    task = (job.store, shard, names, known, job.settings_json, job.root, 0, job.gpus)
                     waiting.append(pool.submit(encode_shard, *task))
                 if not waiting:
                     return
@@ -78,7 +78,7 @@ def run_on_dask(job: Job, todo: Todo, workers: int, scheduler: str | None) -> It
 
         workers = max(workers, torch.cuda.device_count())
     workers = min(workers, len(todo))
-    cluster, tries, numbers = None, dict.fromkeys(todo, 0), iter(range(1 << 62))
+    cluster, tries = None, dict.fromkeys(todo, 0)
     threads = 0 if scheduler else max(1, (os.cpu_count() or 1) // workers)
     lost = StoreError(
         f"the Dask scheduler {scheduler or ''} is lost; what was committed stays, run the same command again."
@@ -104,7 +104,7 @@ def run_on_dask(job: Job, todo: Todo, workers: int, scheduler: str | None) -> It
             waiting, shard_of = iter(todo), {}
 
             def submit(shard: int):
-                task = (job.store, shard, *todo[shard], job.settings_json, job.root, threads, job.gpus, next(numbers))
+                task = (job.store, shard, *todo[shard], job.settings_json, job.root, threads, job.gpus)
                 future = client.submit(encode_shard, *task, pure=False)
                 shard_of[future.key] = shard
                 return future

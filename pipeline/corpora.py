@@ -17,6 +17,7 @@ MAX_JSON_BYTES = 4 << 30
 MAX_IMAGE_BYTES = 1 << 30
 IN_TAR = re.compile(r"(.+\.tar):(\d+)\+(\d+)")
 TABLES = (".csv", ".tsv", ".parquet")
+CAPTION_FILES = (".json", *TABLES)  # whose pictures lie elsewhere
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def open_corpus(source: Path, image_root: Path | None = None) -> Corpus:
 
     Raises: CorpusError, which says what is wrong with which path.
     """
-    if image_root is not None and source.suffix.lower() not in (".json", *TABLES):
+    if image_root is not None and source.suffix.lower() not in CAPTION_FILES:
         raise CorpusError(f"--images goes with a caption file; {source} holds its own pictures, leave it out.")
     if not source.exists() and glob.has_magic(source.name):
         return _tars(source, source.parent, sorted(source.parent.glob(source.name)))
@@ -69,7 +70,7 @@ def open_corpus(source: Path, image_root: Path | None = None) -> Corpus:
         return _tars(source, source.parent, [source])
     if kind in TABLES and image_root is None:
         image_root = source.parent
-    if kind in (".json", *TABLES):
+    if kind in CAPTION_FILES:
         if image_root is None:
             raise CorpusError(f"--corpus {source}: a caption file needs --images with the folder of its pictures.")
         if not image_root.is_dir():

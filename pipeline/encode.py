@@ -24,20 +24,20 @@ _forward = threading.RLock()
 
 
 @cache
-def _load(kind: str, settings_json: str, gpus: bool, worker: int) -> Any:
+def _load(kind: str, settings_json: str, gpus: bool) -> Any:
     from pipeline.encoders import ClipEncoder, MaeEncoder, pick_device
 
     settings = Settings.model_validate_json(settings_json)
-    device = pick_device(gpus, worker)
+    device = pick_device(gpus)
     if kind == "clip":
         return ClipEncoder(settings.clip, settings.image_size, device)
     return MaeEncoder(settings.mae, settings.image_size, device)
 
 
-def encoder(kind: str, settings_json: str, gpus: bool = False, worker: int = 0) -> Any:
-    """One encoder per worker process, loaded once."""
+def encoder(kind: str, settings_json: str, gpus: bool = False) -> Any:
+    """One encoder per process, loaded once."""
     with _forward:
-        return _load(kind, settings_json, gpus, worker if gpus else 0)  # on the CPU one serves every task
+        return _load(kind, settings_json, gpus)
 
 
 def view_of(name: str, views: int) -> int:
@@ -71,7 +71,6 @@ def encode_shard(
     root: str,
     threads: int,
     gpus: bool,
-    worker: int,
     only: list[int] | None = None,
 ) -> dict[str, Any]:
     """Encodes and commits one shard of the named arrays; runs in a worker.
@@ -101,7 +100,7 @@ def encode_shard(
     alive = np.array([i for i in range(len(records)) if i not in dead], np.int64)
     with _forward:
         started = time.perf_counter()
-        blocks = dict(encode(settings, settings_json, pixels, alive, ids, names, gpus, worker, dead))
+        blocks = dict(encode(settings, settings_json, pixels, alive, ids, names, gpus, dead))
         forward = time.perf_counter() - started
     result = {"shard": shard, "rows": len(records), "dead": [], "forward": forward}
     if only is None:
@@ -154,7 +153,7 @@ def decode(
 
 def encode(
     settings: Settings, settings_json: str, pixels: dict, alive: np.ndarray, ids: list[str], names: list[str],
-    gpus: bool, worker: int, dead: dict[int, str],
+    gpus: bool, dead: dict[int, str],
 ) -> Iterator[tuple[str, np.ndarray]]:  # fmt: skip
     """Every wanted array and its block, float16 or uint8 [rows, ...]; a row that is not finite is added to `dead`."""
     rows = len(ids)
@@ -174,7 +173,7 @@ def encode(
             yield f"pixels/view-{view}", seen
         layers = {int(n.split("/")[1]): n for n in mine if n.startswith("clip/")}
         if layers:
-            clip, blocks = encoder("clip", settings_json, gpus, worker), {}
+            clip, blocks = encoder("clip", settings_json, gpus), {}
             for chosen in _batches(alive, settings.clip.batch):
                 for layer, tokens in clip.encode(seen[chosen], sorted(layers)).items():
                     keep(blocks, layers[layer], chosen, tokens)
@@ -183,14 +182,14 @@ def encode(
                     blocks[name] = np.full((rows, clip.tokens(layer), settings.clip.width), np.nan, np.float16)
                 yield name, blocks[name]
         for prefix in sorted({n.rpartition("/")[0] for n in mine if n.startswith("mae/")}):
-            yield from _encode_mae(settings, settings_json, prefix, seen, alive, ids, gpus, worker, keep)
+            yield from _encode_mae(settings, settings_json, prefix, seen, alive, ids, gpus, keep)
 
 
 def _encode_mae(
     settings: Settings, settings_json: str, prefix: str, seen: np.ndarray, alive: np.ndarray, ids: list[str], gpus: bool,
-    worker: int, keep,
+    keep,
 ) -> Iterator[tuple[str, np.ndarray]]:  # fmt: skip
-    mae, model = settings.mae, encoder("mae", settings_json, gpus, worker)
+    mae, model = settings.mae, encoder("mae", settings_json, gpus)
     draw = None if prefix == "mae/full" else int(prefix.rpartition("-")[2])
     count = model.patches if draw is None else masks.kept_count(model.patches, mae.mask_ratio)
     kept = np.tile(np.arange(count), (len(ids), 1))
@@ -229,7 +228,7 @@ def find_crashers(path: str, shard: int, args: tuple, rows: list[int]) -> list[i
 
     names, settings_json, root = args  # of one shard
     child = multiprocessing.get_context("spawn").Process(
-        target=encode_shard, args=(path, shard, names, [], settings_json, root, 1, False, 0, rows)
+        target=encode_shard, args=(path, shard, names, [], settings_json, root, 1, False, rows)
     )
     child.start()
     child.join()

@@ -19,10 +19,18 @@ SCHEMA = 1
 AUTOCAST = {"fp32": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
-def pick_device(gpus: bool, worker: int = 0) -> torch.device:
-    """The CPU, or with `gpus` the worker's share of the CUDA devices."""
-    count = torch.cuda.device_count() if gpus else 0
-    return torch.device("cuda", worker % count) if count else torch.device("cpu")
+def pick_device(gpus: bool) -> torch.device:
+    """The CPU, or with `gpus` this process's CUDA device: a local Dask cluster numbers its workers, and worker n takes
+    device n; a worker of another cluster takes the first device that it was given to see."""
+    if not gpus or not (count := torch.cuda.device_count()):
+        return torch.device("cpu")
+    from distributed import get_worker
+
+    try:
+        name = get_worker().name
+    except ValueError:  # no Dask worker: one process does it all
+        name = 0
+    return torch.device("cuda", name % count if isinstance(name, int) else 0)
 
 
 class ClipEncoder:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import cluster, encode, fidelity, images, masks, objects, places, provenance, store, upkeep
-from pipeline.corpora import Corpus, open_corpus
+from pipeline.corpora import CAPTION_FILES, Corpus, open_corpus
 from pipeline.index import Index
 from pipeline.write_index import write_index
 from xformer.console import progress, say
@@ -100,6 +100,7 @@ def plan_index(path: Path, corpus: Corpus, settings: Settings, limit: int | None
 
     Raises: StoreError where it belongs to another corpus; one without a committed shard is planned anew instead.
     """
+    store.refuse_foreign(path)
     if places.exists(path / "index" / "index.json"):
         index = Index(path / "index")
         have = index.description["corpus"]
@@ -117,8 +118,6 @@ def plan_index(path: Path, corpus: Corpus, settings: Settings, limit: int | None
             )
         for name in names:
             places.remove_folder(path / name)
-    if places.children(path)[1] and not places.exists(path / "zarr.json"):
-        raise StoreError(f"{places.shown(path)} holds other files and is no feature store; give another --store.")
     store.create_group(path)
     places.remove_folder(path / "index")  # of a planning that did not finish; nothing refers to it yet
     say(f"planning {places.shown(path)}: reading every image once")
@@ -249,6 +248,6 @@ def extract_again(path: Path, kinds: list[str] | None = None) -> int:
         settings = settings_from(made[kind]["settings"], str(path))
         whole = any(name.startswith("mae/full/") for name in made[kind]["arrays"])
         limit = Index(path / "index").description["corpus"]["limit"]
-        corpus = open_corpus(source, None if source.is_dir() or source.suffix == ".tar" else root)
+        corpus = open_corpus(source, root if source.suffix.lower() in CAPTION_FILES else None)
         extract(corpus, path, [kind], settings, limit, whole, in_process=True, force=True)
     return len(store.describe(path)["dead"])

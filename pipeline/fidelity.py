@@ -28,7 +28,7 @@ def exact(
         alive = np.array([i for i in range(len(records)) if i not in dead], np.int64)
         ids = [record["id"] for record in records]
         text = settings.model_dump_json()
-        blocks = dict(encode.encode(settings, text, pixels, alive, ids, names, False, 0, dead))
+        blocks = dict(encode.encode(settings, text, pixels, alive, ids, names, False, dead))
         good = [i for i in range(len(records)) if i not in dead]
         rows += [index.bounds(shard)[0] + i for i in good]
         for name in names:

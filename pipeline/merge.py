@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline import commits, encode, places, upkeep
 from pipeline.reader import shard_file
-from pipeline.store import FeatureStore, array_names, first_difference, owner
+from pipeline.store import FeatureStore, array_names, first_difference, owner, refuse_foreign
 from xformer.console import progress
 from xformer.errors import StoreError
 
@@ -29,6 +29,7 @@ def merge(target: Path, sources: list[Path]) -> dict[str, Any]:
     if any(places.absolute(source) == places.absolute(target) for source in sources):
         raise StoreError(f"{places.shown(target)} cannot be merged into itself.")
     with owner(target):
+        refuse_foreign(target)
         if not places.exists(target / "index/index.json"):
             _begin(target, sources[0])
         for source in sources:

@@ -126,6 +126,19 @@ def create_array(
     return True
 
 
+def refuse_foreign(path: Path) -> None:
+    """Raises StoreError where a place holds anything else than a feature store; what begins with a dot does not count."""
+    files, folders = places.children(path)
+    if not folders and all(name.startswith(".") or name == objects.LEASE_NAME for name in files):
+        return
+    try:
+        ours = "xformer_schema" in json.loads(places.read(path / "zarr.json"))["attributes"]
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        ours = False
+    if not ours:
+        raise StoreError(f"{places.shown(path)} holds other files and is no feature store; give another one.")
+
+
 def create_group(store: Path) -> None:
     """The store's root group, unless it is there."""
     import zarr

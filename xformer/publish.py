@@ -20,41 +20,35 @@ def fsync_path(path: Path) -> None:
         os.close(handle)
 
 
-def write_bytes(path: Path, content: bytes | memoryview) -> None:
-    """Replaces `path` in one step; a reader sees the old bytes or the new ones."""
+@contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yields a file beside `path` that takes its name in one step, durably, and vanishes on failure."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+        yield Path(name)
+        fsync_path(Path(name))
         os.chmod(name, 0o644)
         os.replace(name, path)
-    except OSError as error:
+    except BaseException as error:
         Path(name).unlink(missing_ok=True)
-        error.filename = error.filename or str(path)  # a write that finds no space does not say where
-        raise
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = error.filename or str(path)  # a write that finds no space does not say where
         raise
     fsync_path(path.parent)
 
 
+def write_bytes(path: Path, content: bytes | memoryview) -> None:
+    """Replaces `path` in one step; a reader sees the old bytes or the new ones."""
+    with _replacing(path) as file:
+        file.write_bytes(content)
+
+
 def copy(source: Path, target: Path) -> None:
     """Copies a file of any size; it appears whole."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-    os.close(handle)
-    try:
-        shutil.copyfile(source, name)
-        fsync_path(Path(name))
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-    fsync_path(target.parent)
+    with _replacing(target) as file:
+        shutil.copyfile(source, file)
 
 
 def write_exclusive(path: Path, content: bytes) -> bool:

@@ -121,11 +121,11 @@ def train_stage1(
     torch.manual_seed(settings.seed)
     train, val, caches = _pairs(features, settings, model, "stage1")
     stage1 = build_stage1(settings, model, train.tokenizer.vocabulary, train.tokenizer.begin)
-    if settings.qformer.bert and init is None:
+    if settings.qformer.bert and init is None and not resume:
         from xformer.qformer import load_bert
 
         load_bert(stage1.xformer.qformer, bert_state(settings.qformer.text))
-    if init is not None:
+    if init is not None and not resume:
         start, before = _start(init, 1, "--init")
         if before["model"] not in ("qformer", model):
             raise CheckpointError(
@@ -166,8 +166,8 @@ def train_stage2(
     resume = _resumes(run, resume)
     asked = read_questions(questions, annotations) if task == "vqa" else None
     if resume:
-        start, init = checkpoint.newest(run), _own_start(run, init)
-        before = checkpoint.read_state(start)
+        start = checkpoint.newest(run)
+        init, before = _own_start(start, run, init)
     else:
         init = init or Path("runs/stage2" if task else "runs/stage1")
         start, before = _start(init, 1, "stage 2") if task is None else _start(init, 2, "--task")
@@ -182,9 +182,9 @@ def train_stage2(
     train, val, caches = _pairs(features, settings, model, "stage2", asked)
     compare_identities(before["identities"], caches[0].identities(), str(init), str(features[0]))
     stage2 = build_stage2(settings, model, settings.llm.spread)
-    if task is None:
+    if task is None and not resume:  # the loop loads what goes on
         checkpoint.load_model(start, stage2.xformer, prefix="xformer.")
-    else:
+    elif not resume:
         checkpoint.load_model(start, stage2)
         refuse_other_llm(before.get("llm", {}).get("sha256"), stage2.llm, str(start))
     described = _describe(settings, model, 2, train, _draws(run, caches, resume)) | {"init": str(init), "task": task}
@@ -221,14 +221,17 @@ def _refuse_other_sizes(before: dict[str, Any], settings: Settings, init: Path, 
             )
 
 
-def _own_start(run: Path, init: Path | None) -> Path:
-    """What a stage-2 run that goes on was started from. Raises CheckpointError where another start is asked for."""
-    state = checkpoint.read_state(checkpoint.newest(run))
+def _own_start(start: Path, run: Path, init: Path | None) -> tuple[Path, dict[str, Any]]:
+    """What a stage-2 run that goes on at the checkpoint `start` was started from, and its state.
+
+    Raises: CheckpointError where another start is asked for.
+    """
+    state = checkpoint.read_state(start)
     if state["stage"] != 2:
         raise CheckpointError(f"{run} holds a run of stage {state['stage']}, not of stage 2; give another --out.")
     if init is not None and absolute(init) != absolute(Path(state["init"])):
         raise CheckpointError(f"{run} was started from {state['init']}, not from {init}; leave --init out.")
-    return Path(state["init"])
+    return Path(state["init"]), state
 
 
 def _start(init: Path, stage: int, who: str) -> tuple[Path, dict[str, Any]]:

@@ -160,6 +160,28 @@ def test_dask_workers_die(corpus: Path, settings, tmp_path: Path) -> None:
     line("SIGKILL of a Dask worker", killed, killed)
 
 
+COUNTING = """
+import os
+from pipeline.encoders import ClipEncoder
+original = ClipEncoder.__init__
+def counted(*given):
+    with open("loads", "a") as file: file.write(f"{os.getpid()}\\n")
+    original(*given)
+ClipEncoder.__init__ = counted
+import cli
+if __name__ == "__main__": cli.main()
+"""
+
+
+def test_a_worker_loads_its_encoder_once_for_all_shards(corpus: Path, tmp_path: Path) -> None:
+    words = ["extract", "--encoder", "clip", "--corpus", str(corpus), "--store", "s.zarr", "--shard-rows", "8"]
+    child = command(*words, cwd=tmp_path, code=COUNTING)
+    _, errors = child.communicate(timeout=300)
+    assert child.returncode == 0, errors
+    loads = (tmp_path / "loads").read_text().split()
+    assert len(loads) == len(set(loads)) == 2 and upkeep.describe(tmp_path / "s.zarr")["images"] == 128
+
+
 CRASHING = """
 import os, sys, pipeline.images as images
 original = images.decode

@@ -1,6 +1,7 @@
 """The paper's encoders in their public layout: a two-block version here, the full size under `slow`."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import ViTMAEConfig, ViTMAEForPreTraining
 
-from pipeline.encoders import ClipEncoder, MaeEncoder
+from pipeline.encoders import ClipEncoder, MaeEncoder, pick_device
 from xformer.errors import WeightsError
 from xformer.reconstruction import FrozenDecoder
 from xformer.settings import load_settings
@@ -61,6 +62,20 @@ def test_vit_h_of_two_blocks_gives_65_tokens_of_1280_and_decodes_588_pixels(tmp_
     wrong = load_settings(overrides=[f"mae.weights={tmp_path}/mae"])
     with pytest.raises(WeightsError, match="224"):
         MaeEncoder(wrong.mae, 64)
+
+
+def test_a_process_takes_the_device_of_its_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    import distributed
+
+    def named(name: object) -> None:
+        monkeypatch.setattr(distributed, "get_worker", lambda: SimpleNamespace(name=name))
+
+    assert pick_device(False) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    assert pick_device(True) == torch.device("cuda", 0)  # no worker
+    for name, device in ((0, 0), (3, 3), (5, 1), ("tcp://10.0.0.2:4000", 0)):
+        named(name)
+        assert pick_device(True) == torch.device("cuda", device)
 
 
 def test_any_number_of_patches_may_stay(tmp_path: Path) -> None:

@@ -55,6 +55,12 @@ def test_what_does_not_belong_together_is_named_and_nothing_is_copied(
     assert sorted(commits.committed(tmp_path / "new.zarr", "clip/5/tokens")) == [0, 1]
     with pytest.raises(StoreError, match="itself"):
         merge(features, [features])
+    (tmp_path / "mine/index").mkdir(parents=True)
+    for file in ("mine/zarr.json", "mine/index/notes.txt"):
+        (tmp_path / file).write_text("{}")
+    with pytest.raises(StoreError, match="holds other files"):
+        merge(tmp_path / "mine", [features])
+    assert (tmp_path / "mine/index/notes.txt").read_text() == "{}"
     with pytest.raises(StoreError, match="no feature store"):
         merge(tmp_path / "newer.zarr", [tmp_path / "nowhere.zarr"])
     assert shards(features) == before and not (tmp_path / "newer.zarr").exists()
