@@ -138,6 +138,8 @@ class Index:
             with self._file(f"c/{part}/0").open("rb", buffering=0) as file:
                 for at in np.flatnonzero(rows // HASHES == part).tolist():
                     key = os.pread(file.fileno(), 8, int(rows[at]) % HASHES * 32)
+                    if len(key) < 8:
+                        raise StoreError(f"{file.name} is cut off; restore it from a copy.")
                     found[at] = int.from_bytes(key, "little", signed=True)
         return found
 

@@ -209,3 +209,12 @@ print(*{{"torch", "transformers", "timm", "torchvision", "accelerate", "zarr"}} 
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr
+
+
+def test_cut_image_hashes_are_an_error_and_not_one_picture(features: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(features, tmp_path / "s.zarr"))
+    keys = Index(path / "index").image_keys(np.arange(5))
+    assert len(set(keys.tolist())) == 5
+    (path / "index/c/0/0").write_bytes(b"")
+    with pytest.raises(StoreError, match="cut off"):
+        Index(path / "index").image_keys(np.arange(5))
