@@ -85,7 +85,7 @@ def as_lavis(stage1: Stage1, batch: Batch) -> Tensor:
     clip, local = batch.clip, batch.mae
     queries, _ = bridge.qformer.queries(bridge.image_keys_values(clip))
     enhanced, rebuilt = bridge.enhance(queries, local)
-    image, text = stage1.embed(enhanced, ids, mask)
+    image, text = stage1.embed(enhanced, bridge.qformer.words(ids), mask)
     same = torch.eye(b, dtype=torch.bool, device=clip.device)
     temperature = stage1.temperature.clamp(0.001, 0.5)
     total = losses.itc(image, text, image, text, temperature, same, stage1.smoothing)
@@ -96,11 +96,11 @@ def as_lavis(stage1: Stage1, batch: Batch) -> Tensor:
     negative_image, _ = losses.hard_negatives(zeros, same, draw[1])
     images, locals_ = (torch.cat([x, x[negative_image], x]) for x in (clip, local))
     all_ids, all_mask = torch.cat([ids, ids, ids[negative_text]]), torch.cat([mask, mask, mask[negative_text]])
-    matched = bridge.qformer.joint(bridge.image_keys_values(images), all_ids, all_mask)
+    matched = bridge.qformer.joint(bridge.image_keys_values(images), bridge.qformer.words(all_ids), all_mask)
     logits = stage1.itm_head(bridge.enhance(matched, locals_)[0])
     total = total + losses.itm(logits, torch.cat([torch.ones(b), torch.zeros(2 * b)]).long().to(clip.device))
     inputs, targets = generation_labels(ids, mask, stage1.begin)
-    written = bridge.qformer.write(bridge.qformer.enhanced_prefix(enhanced), inputs, mask)
+    written = bridge.qformer.write(bridge.qformer.enhanced_prefix(enhanced), bridge.qformer.words(inputs), mask)
     total = total + losses.itg(written, targets, stage1.smoothing)
     assert stage1.decoder is not None
     predicted = stage1.decoder(rebuilt, batch.kept)

@@ -89,9 +89,9 @@ class Stage1(nn.Module):
         self.temperature = nn.Parameter(torch.tensor(0.07))
         self.decoder = decoder
 
-    def embed(self, enhanced: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Z' and text -> ITC embeddings [B, Q, P] and [B, P], normalised."""
-        text = self.text_proj(self.xformer.qformer.text(ids, mask)[:, 0])
+    def embed(self, enhanced: Tensor, words: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """Z' and the text's words -> ITC embeddings [B, Q, P] and [B, P], normalised."""
+        text = self.text_proj(self.xformer.qformer.text(words, mask)[:, 0])
         return F.normalize(self.vision_proj(enhanced), dim=-1), F.normalize(text, dim=-1)
 
     def forward(
@@ -114,7 +114,11 @@ class Stage1(nn.Module):
         ):  # in place, as BLIP does: a clamp inside the graph would give no gradient back to the range
             temperature = self.temperature.clamp_(0.001, 0.5)
 
-        image_embedding, text_embedding = self.embed(enhanced, batch.ids, batch.mask)
+        all_ids, all_mask = gather_texts(batch.ids, batch.mask)
+        looked_up = self.xformer.qformer.words(torch.cat([all_ids.flatten(), all_ids.new_tensor([self.begin])]))
+        all_words, begin = looked_up[:-1].unflatten(0, all_ids.shape), looked_up[-1]
+        words = all_words[rank_and_world()[0] * len(batch.rows) :][: len(batch.rows), : batch.ids.shape[1]]
+        image_embedding, text_embedding = self.embed(enhanced, words, batch.mask)
         all_images, all_texts = gather(image_embedding), gather(text_embedding)
         rows, texts = gather(batch.rows), gather(batch.texts)
         same = (batch.rows[:, None] == rows) | (batch.texts[:, None] == texts)
@@ -129,12 +133,15 @@ class Stage1(nn.Module):
         uniform = uniform.unflatten(1, (-1, len(batch.rows)))[:, rank_and_world()[0]].to(same.device)
         negative_text, eligible = losses.hard_negatives(to_text, same, uniform[0])
         negative_image, _ = losses.hard_negatives(to_image, same, uniform[1])
-        matched, labels = self._match(batch, clip, local, image, negative_image, negative_text, eligible)
-        inputs, targets = generation_labels(batch.ids, batch.mask, self.begin)
+        matched, labels = self._match(
+            batch, clip, local, image, (all_words, all_mask), negative_image, negative_text, eligible
+        )
+        _, targets = generation_labels(batch.ids, batch.mask, self.begin)
         masked = labels.new_zeros(()) if batch.kept is None else (~batch.kept).sum()
         counts = mean_over_ranks(torch.stack([labels.new_tensor(len(labels)), (targets != -100).sum(), masked]))
         found["itm"] = losses.itm(matched, labels, counts[0])
         prefix = self.xformer.qformer.enhanced_prefix(enhanced) if self.itg_prefix == "enhanced" else own
+        inputs = torch.cat([begin.expand(len(words), 1, -1), words[:, 1:]], 1)
         written = self.xformer.qformer.write(prefix, inputs, batch.mask)
         found["itg"] = losses.itg(written, targets, self.smoothing, counts[1])
         if self.decoder is not None and rebuilt is not None and batch.kept is not None and batch.pixels is not None:
@@ -152,12 +159,13 @@ class Stage1(nn.Module):
         return found, measured
 
     def _match(
-        self, batch: Batch, clip: Tensor, local: Tensor | None, image: list[KeysValues | None], negative_image: Tensor,
-        negative_text: Tensor, eligible: Tensor,
+        self, batch: Batch, clip: Tensor, local: Tensor | None, image: list[KeysValues | None],
+        all_texts: tuple[Tensor, Tensor], negative_image: Tensor, negative_text: Tensor, eligible: Tensor,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """ITM over the triples (I, T), (I-, T), (I, T-) in one pass: logits [N, Q, 2] and labels [N].
 
-        Negatives of other ranks: their texts are gathered, of their images only the chosen rows come over, as cached.
+        Negatives of other ranks: their texts are gathered (`all_texts`: words and masks), of their images only the chosen
+        rows come over, as cached.
         """
         rank, b = rank_and_world()[0], len(batch.rows)
         own = torch.arange(b, device=eligible.device)
@@ -173,10 +181,12 @@ class Stage1(nn.Module):
             ]
         keep = torch.cat([torch.ones_like(eligible), eligible, eligible])
         images = torch.cat([own, place, own])[keep]  # the images of the triples, among own and foreign ones
-        triples = [None if kv is None else (kv[0][images], kv[1][images]) for kv in image]
-        ids, mask = gather_texts(batch.ids, batch.mask)
+        triples = [
+            None if kv is None else (kv[0].index_select(0, images), kv[1].index_select(0, images)) for kv in image
+        ]
+        words, mask = all_texts
         texts = torch.cat([own + rank * b, own + rank * b, negative_text])[keep]
-        matched = self.xformer.qformer.joint(triples, ids[texts], mask[texts])
+        matched = self.xformer.qformer.joint(triples, words.index_select(0, texts), mask[texts])
         enhanced, _ = self.xformer.enhance(matched, None if local is None else local[images])
         labels = torch.cat([torch.ones(b), torch.zeros(2 * b)]).long().to(keep.device)[keep]
         return self.itm_head(enhanced), labels

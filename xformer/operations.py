@@ -91,17 +91,17 @@ def stage1_pass(settings: Settings, model: str, clip_tokens: dict[int, int], voc
     def run(images: int, text: int) -> Tensor:
         clip, local = _tokens(settings, model, "stage1", images, clip_tokens)
         ids, mask = torch.zeros(images, text, dtype=torch.long), torch.ones(images, text, dtype=torch.bool)
+        words = bridge.qformer.words(ids)
         image = bridge.image_keys_values(clip, local)
         queries, own = bridge.qformer.queries(image)
         enhanced, rebuilt = bridge.enhance(queries, local)
         three = [None if kv is None else (torch.cat([kv[0]] * 3), torch.cat([kv[1]] * 3)) for kv in image]
-        matched = bridge.qformer.joint(three, torch.cat([ids] * 3), torch.cat([mask] * 3))
+        matched = bridge.qformer.joint(three, torch.cat([words] * 3), torch.cat([mask] * 3))
         matched, _ = bridge.enhance(matched, None if local is None else torch.cat([local] * 3))
-        total = bridge.qformer.text(ids, mask).sum() + matched.sum()
+        total = bridge.qformer.text(words, mask).sum() + matched.sum()
         enhances = settings.dual.itg == "enhanced" and model == "xformer"
-        total = (
-            total + bridge.qformer.write(bridge.qformer.enhanced_prefix(enhanced) if enhances else own, ids, mask).sum()
-        )
+        prefix = bridge.qformer.enhanced_prefix(enhanced) if enhances else own
+        total = total + bridge.qformer.write(prefix, words, mask).sum()
         if decoder is not None:
             order = torch.arange(patches).repeat(images, 1)
             total = total + decoder(rebuilt, order).logits.sum()

@@ -87,15 +87,16 @@ class Layer(nn.Module):
         if prefix is not None:
             keys, values = torch.cat([prefix[0], keys], 2), torch.cat([prefix[1], values], 2)
         hidden = self.attention(hidden, (keys, values), allowed)
-        queries, text = hidden[:, :n_queries], hidden[:, n_queries:]
+        queries, text = hidden.split([n_queries, hidden.shape[1] - n_queries], 1)
+        parts = []
         if n_queries:
             if self.crossattention is not None and image is not None:
                 queries = self.crossattention(queries, image)
-            queries = self.query_ffn(queries)
+            parts.append(self.query_ffn(queries))
         if text.shape[1]:
             assert self.text_ffn is not None
-            text = self.text_ffn(text)
-        return torch.cat([queries, text], 1), own
+            parts.append(self.text_ffn(text))
+        return torch.cat(parts, 1) if len(parts) > 1 else parts[0], own
 
 
 class QFormer(nn.Module):
@@ -158,10 +159,10 @@ class QFormer(nn.Module):
     def _layers(self) -> list[Layer]:
         return list(self.layers)  # type: ignore[arg-type]
 
-    def _embed(self, batch: int, ids: Tensor | None, with_queries: bool) -> Tensor:
+    def _embed(self, batch: int, words: Tensor | None, with_queries: bool) -> Tensor:
         parts = [self.query_tokens.expand(batch, -1, -1)] if with_queries else []
-        if ids is not None:
-            parts.append(self.words(ids) + self.positions.weight[: ids.shape[1]])
+        if words is not None:
+            parts.append(words + self.positions.weight[: words.shape[1]])
         return F.dropout(self.norm(torch.cat(parts, 1)), self.dropout, self.training)
 
     def queries(self, image: list[KeysValues | None]) -> tuple[Tensor, list[KeysValues]]:
@@ -173,16 +174,20 @@ class QFormer(nn.Module):
             kept.append(own)
         return hidden, kept
 
-    def text(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """Text alone, both directions: ids int64 [B, T], mask bool [B, T] -> [B, T, W]."""
-        hidden = self._embed(len(ids), ids, False)
+    def text(self, words: Tensor, mask: Tensor) -> Tensor:
+        """Text alone, both directions: words [B, T, W], mask bool [B, T] -> [B, T, W].
+
+        Here and below `words` is what `self.words` holds of the ids. One lookup serves every pass over a text, for the
+        gradient of each has the size of the whole vocabulary.
+        """
+        hidden = self._embed(len(words), words, False)
         for layer in self._layers():
             hidden, _ = layer(hidden, 0, None, mask[:, None, None, :], None)
         return hidden
 
-    def joint(self, image: list[KeysValues | None], ids: Tensor, mask: Tensor) -> Tensor:
+    def joint(self, image: list[KeysValues | None], words: Tensor, mask: Tensor) -> Tensor:
         """Queries and text attend to each other (ITM). Returns the queries' output [B, Q, W]."""
-        hidden = self._embed(len(ids), ids, True)
+        hidden = self._embed(len(words), words, True)
         n = self.query_tokens.shape[1]
         seen = torch.cat([mask.new_ones(len(mask), n), mask], 1)[:, None, None, :]
         for layer, keys_values in zip(self._layers(), image, strict=True):
@@ -193,13 +198,13 @@ class QFormer(nn.Module):
         """Each layer's own key/value projection of Z' [B, Q, W]: the prefix that the text attends to in ITG."""
         return [layer.attention.keys_values(enhanced) for layer in self._layers()]
 
-    def write(self, prefix: list[KeysValues], ids: Tensor, mask: Tensor) -> Tensor:
+    def write(self, prefix: list[KeysValues], words: Tensor, mask: Tensor) -> Tensor:
         """Causal text after the prefix (ITG). Returns logits [B, T, vocabulary] for the next token."""
-        hidden, length = self._embed(len(ids), ids, False), ids.shape[1]
+        hidden, length = self._embed(len(words), words, False), words.shape[1]
         n = prefix[0][0].shape[2]
-        causal = torch.ones(length, length, dtype=torch.bool, device=ids.device).tril()
-        own = causal[None] & (mask[:, None, :] | torch.eye(length, dtype=torch.bool, device=ids.device))
-        allowed = torch.cat([own.new_ones(len(ids), length, n), own], 2)[:, None]
+        causal = torch.ones(length, length, dtype=torch.bool, device=mask.device).tril()
+        own = causal[None] & (mask[:, None, :] | torch.eye(length, dtype=torch.bool, device=mask.device))
+        allowed = torch.cat([own.new_ones(len(words), length, n), own], 2)[:, None]
         for layer, before in zip(self._layers(), prefix, strict=True):
             hidden, _ = layer(hidden, 0, None, allowed, before)
         hidden = self.head_norm(F.gelu(self.head_dense(hidden)))

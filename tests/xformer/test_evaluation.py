@@ -203,7 +203,7 @@ def test_matching_is_what_training_scores(name: str) -> None:
         found = match(stage1, clip, local, ids, mask)
         for i in range(3):
             image = stage1.xformer.image_keys_values(clip, local)
-            queries = stage1.xformer.qformer.joint(image, ids[i : i + 1], mask[i : i + 1])
+            queries = stage1.xformer.qformer.joint(image, stage1.xformer.qformer.words(ids[i : i + 1]), mask[i : i + 1])
             want = stage1.itm_head(stage1.xformer.enhance(queries, local)[0])[0, :, 1].mean()
             torch.testing.assert_close(found[i], want)
 
@@ -227,13 +227,13 @@ def test_reranking_by_hand(features: Path, stage1: Path) -> None:
     with torch.inference_mode():
         clip, local = rank._features(cache, rows, settings, ids.device)
         enhanced, _ = model.xformer(clip, local)
-        images, words = model.embed(enhanced, ids, mask)
+        images, words = model.embed(enhanced, model.xformer.qformer.words(ids), mask)
         itc = torch.stack([(images[i] @ words.T).amax(0) for i in range(6)])
         itm = torch.empty(6, len(texts))
         for i in range(6):
             for t in range(len(texts)):
                 keys = model.xformer.image_keys_values(clip[i : i + 1])
-                joint = model.xformer.qformer.joint(keys, ids[t : t + 1], mask[t : t + 1])
+                joint = model.xformer.qformer.joint(keys, model.xformer.qformer.words(ids[t : t + 1]), mask[t : t + 1])
                 together, _ = model.xformer.enhance(joint, None if local is None else local[i : i + 1])
                 itm[i, t] = model.itm_head(together)[0, :, 1].mean()
     for i in range(6):

@@ -113,13 +113,16 @@ def test_q_former_is_that_of_transformers(queries: int, batch: int, record) -> N
         want = theirs.qformer(
             query_embeds=embedded, query_length=queries, attention_mask=seen, encoder_hidden_states=image
         ).last_hidden_state
-        found = ours.joint(ours.image_keys_values(image), ids, mask)
+        found = ours.joint(ours.image_keys_values(image), ours.words(ids), mask)
         record("Q-Former, queries + text: Blip2QFormerModel", found, want[:, :queries], 1e-12)
         words = theirs.qformer(
             query_embeds=theirs.embeddings(input_ids=ids), query_length=0, attention_mask=mask.long()
         )
         record(
-            "Q-Former, text only: Blip2QFormerModel", ours.text(ids, mask)[mask], words.last_hidden_state[mask], 1e-12
+            "Q-Former, text only: Blip2QFormerModel",
+            ours.text(ours.words(ids), mask)[mask],
+            words.last_hidden_state[mask],
+            1e-12,
         )
 
 
@@ -164,7 +167,9 @@ def alone(whole: Stage1, clip: Tensor, local: Tensor, ids: Tensor | None, mask: 
     image = bridge.image_keys_values(clip[None], local[None])
     if ids is None or mask is None:
         return bridge.enhance(bridge.qformer.queries(image)[0], local[None])[0][0]
-    return bridge.enhance(bridge.qformer.joint(image, ids[mask][None], mask[mask][None]), local[None])[0][0]
+    return bridge.enhance(
+        bridge.qformer.joint(image, bridge.qformer.words(ids[mask][None]), mask[mask][None]), local[None]
+    )[0][0]
 
 
 @pytest.mark.parametrize("model", ["xformer", "qformer", "concat", "early"])
@@ -185,7 +190,12 @@ def test_stage_1_losses_are_naive_loops(case: str, model: str, record, monkeypat
     for i in range(b):
         m = batch.mask[i]
         words.append(
-            F.normalize(whole.text_proj(whole.xformer.qformer.text(batch.ids[i][m][None], m[m][None])[0, 0]), dim=-1)
+            F.normalize(
+                whole.text_proj(
+                    whole.xformer.qformer.text(whole.xformer.qformer.words(batch.ids[i][m][None]), m[m][None])[0, 0]
+                ),
+                dim=-1,
+            )
         )
     similar = [[max(float(q @ words[j]) for q in embed[i]) / 0.2 for j in range(b)] for i in range(b)]
     itc = 0.0
@@ -220,9 +230,9 @@ def test_stage_1_losses_are_naive_loops(case: str, model: str, record, monkeypat
             own = whole.xformer.qformer.enhanced_prefix(whole.xformer.enhance(z, batch.mae[i][None])[0])
         for t in range(1, len(ids)):
             past = torch.cat([torch.tensor([BEGIN]), ids[1:t]])[None]
-            scores = whole.xformer.qformer.write(own, past, torch.ones_like(past, dtype=torch.bool))[0, -1].log_softmax(
-                0
-            )
+            scores = whole.xformer.qformer.write(
+                own, whole.xformer.qformer.words(past), torch.ones_like(past, dtype=torch.bool)
+            )[0, -1].log_softmax(0)
             terms.append(-(0.9 * scores[ids[t]] + 0.1 * scores.mean()))
     if terms:  # one token alone predicts nothing
         record("ITG: naive loop", found["itg"], torch.stack(terms).mean(), 1e-12)

@@ -69,7 +69,7 @@ def test_queries_and_joint_pass_agree_with_a_naive_loop() -> None:
             if i % 2 == 0:
                 queries = naive_attention(layer.crossattention, queries, image, everything)
             hidden = torch.cat([naive_ffn(layer.query_ffn, queries), naive_ffn(layer.text_ffn, text)], 1)
-        found = model.joint(cached, ids, mask) if with_text else model.queries(cached)[0]
+        found = model.joint(cached, model.words(ids), mask) if with_text else model.queries(cached)[0]
         torch.testing.assert_close(found, hidden[:, :3], rtol=1e-10, atol=1e-10)
 
 
@@ -78,11 +78,13 @@ def test_written_text_sees_the_prefix_and_its_past_only() -> None:
     model, enhanced = small(), torch.randn(2, 3, 16, dtype=torch.float64)
     ids, mask = torch.randint(0, 50, (2, 5)), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]).bool()
     prefix = model.enhanced_prefix(enhanced)
-    logits = model.write(prefix, ids, mask)
+    logits = model.write(prefix, model.words(ids), mask)
     changed = ids.clone()
     changed[:, 3] = (changed[:, 3] + 1) % 50
-    torch.testing.assert_close(model.write(prefix, changed, mask)[:, :3], logits[:, :3])
-    assert not torch.allclose(model.write(model.enhanced_prefix(enhanced + 1), ids, mask)[:, 0], logits[:, 0])
+    torch.testing.assert_close(model.write(prefix, model.words(changed), mask)[:, :3], logits[:, :3])
+    assert not torch.allclose(
+        model.write(model.enhanced_prefix(enhanced + 1), model.words(ids), mask)[:, 0], logits[:, 0]
+    )
     hidden = embed(model, ids, False, 2)
     allowed = [
         [[n < 3 or (n - 3 <= t and (bool(mask[b][n - 3]) or n - 3 == t)) for n in range(8)] for t in range(5)]
@@ -110,7 +112,7 @@ def test_text_is_bert_after_its_weights_are_loaded() -> None:
     model.double()
     ids, mask = torch.randint(0, 49, (2, 6)), torch.tensor([[1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 0]]).bool()
     want = bert.bert(ids, attention_mask=mask.long()).last_hidden_state
-    torch.testing.assert_close(model.text(ids, mask)[mask], want[mask], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model.text(model.words(ids), mask)[mask], want[mask], rtol=1e-5, atol=1e-5)
     layer, theirs = model.layers[1], bert.bert.encoder.layer[1]
     torch.testing.assert_close(layer.query_ffn.intermediate.weight, theirs.intermediate.dense.weight, check_dtype=False)
 

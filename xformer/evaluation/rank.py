@@ -93,7 +93,9 @@ def rank(
         raise EvaluationError("retrieval needs at least two images.")
     device, size = next(stage1.parameters()).device, settings.eval.batch
     ids, mask = ids.to(device), mask.to(device)
-    texts = [stage1.xformer.qformer.text(ids[i : i + size], mask[i : i + size])[:, 0] for i in range(0, len(ids), size)]
+    qformer = stage1.xformer.qformer
+    parts = [(ids[i : i + size], mask[i : i + size]) for i in range(0, len(ids), size)]
+    texts = [qformer.text(qformer.words(i), m)[:, 0] for i, m in parts]
     text_embedding = torch.nn.functional.normalize(stage1.text_proj(torch.cat(texts)), dim=-1)
     found = []
     for start in range(0, len(rows), size):
@@ -153,5 +155,6 @@ def match(stage1: Stage1, clip: Tensor, local: Tensor | None, ids: Tensor, mask:
         for kv in stage1.xformer.image_keys_values(clip, local)
     ]
     local = None if local is None else local.expand(len(ids), -1, -1)
-    enhanced, _ = stage1.xformer.enhance(stage1.xformer.qformer.joint(image, ids, mask), local)
+    qformer = stage1.xformer.qformer
+    enhanced, _ = stage1.xformer.enhance(qformer.joint(image, qformer.words(ids), mask), local)
     return stage1.itm_head(enhanced)[..., 1].mean(1).float()

@@ -22,8 +22,8 @@ PACKAGE = Path(__file__).resolve().parents[1]
 # Modules that only show, convert or publish: they change no number of a run. Everything else of the package does.
 SHOWS = (
     "ask", "attention", "console", "demo", "errors", "import_blip2", "import_mae", "importing", "accounting", "params",
-    "pictures", "pretrained", "publish", "settings", "show", "compare", "lab/", "alarms",
-    "monitor", "trackers", "evaluation/page", "evaluation/tables",
+    "operations", "pictures", "pretrained", "publish", "reference", "saved", "settings", "show", "compare", "lab/",
+    "alarms", "monitor", "stopping", "trackers", "evaluation/page", "evaluation/tables",
     "evaluation/paper", "evaluation/command", "evaluation/retrieval", "evaluation/rank",
 )  # fmt: skip
 
