@@ -23,7 +23,7 @@ from xformer.console import say, table
 SHAPE, ROWS, SHARD_ROWS, BATCH, ROUNDS = (257, 1408), 512, 64, 32, 15
 ARRAY = "clip/39/tokens"
 LIMIT, OURS = "np.take of a memory map", "xformer"
-Readers = dict[str, Callable[[np.ndarray], object]]
+Readers = dict[str, Callable[[np.ndarray], np.ndarray]]  # row numbers -> the rows, in a buffer that all share
 
 
 def reader() -> dict:
@@ -73,18 +73,21 @@ def readers(folder: Path, dtype: str, pool: ThreadPoolExecutor) -> Readers:
     whole = zarr.open_array(store, path=ARRAY, mode="r")
     wide, halves = np.ones((BATCH, *SHAPE), np.float16), (slice(0, BATCH // 2), slice(BATCH // 2, BATCH))
 
-    def torch_files(chosen: np.ndarray) -> None:
+    def torch_files(chosen: np.ndarray) -> np.ndarray:
         for place, row in zip(out, chosen, strict=True):
             np.copyto(place, torch.load(folder / f"{row}.pt", weights_only=True).numpy())
+        return out
 
     samples = tar_samples(folder / "rows.tar")
 
-    def tar(chosen: np.ndarray) -> None:
+    def tar(chosen: np.ndarray) -> np.ndarray:
         for place in out:
             np.copyto(place, next(samples))
+        return out
 
-    def halved(chosen: np.ndarray) -> None:
+    def halved(chosen: np.ndarray) -> np.ndarray:
         list(pool.map(lambda part: np.take(plain, chosen[part], 0, out=out[part], mode="clip"), halves))
+        return out
 
     ways: Readers = {
         LIMIT: lambda chosen: np.take(plain, chosen, 0, out=out, mode="clip"),
@@ -94,8 +97,8 @@ def readers(folder: Path, dtype: str, pool: ThreadPoolExecutor) -> Readers:
     }
     if dtype == "int8":
         ways[f"{OURS}, to float16 features on the CPU"] = lambda chosen: ours.read(chosen, wide)
-    with zarr.config.set({"threading.max_workers": 1, "async.concurrency": 1}):
-        ways["zarr oindex"] = lambda chosen: whole.oindex[chosen]
+    zarr.config.set({"threading.max_workers": 1, "async.concurrency": 1})  # from here on, for every reading
+    ways["zarr oindex"] = lambda chosen: whole.oindex[chosen]
     for name, made in (("zarr + zarrs", with_zarrs), ("tensorstore", with_tensorstore), ("h5py", with_h5py)):
         try:
             ways[name] = made(folder, store, out)
@@ -124,7 +127,9 @@ def write_everything(folder: Path, store: Path, dtype: str):
             block = (block * (40 if dtype == "int8" else 1)).astype(dtype)
             write_shard(store, ARRAY, index, shard, block, ids, [], 0.0)
             if dtype == "int8":
-                write_shard(store, "clip/39/scale", index, shard, np.ones((SHARD_ROWS, 257), np.float16), ids, [], 0.0)
+                write_shard(
+                    store, "clip/39/scale", index, shard, np.ones((SHARD_ROWS, SHAPE[0]), np.float16), ids, [], 0.0
+                )
             first = shard * SHARD_ROWS
             plain[first : first + SHARD_ROWS] = block
             for row, values in enumerate(block, first):
@@ -154,7 +159,7 @@ def tar_samples(file: Path) -> Iterator[np.ndarray]:
                     yield np.load(tar.extractfile(member))  # type: ignore[arg-type]
 
 
-def with_zarrs(folder: Path, store: Path, out: np.ndarray) -> Callable[[np.ndarray], object]:
+def with_zarrs(folder: Path, store: Path, out: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     import zarr
     import zarrs  # noqa: F401 - registers the pipeline
 
@@ -163,31 +168,33 @@ def with_zarrs(folder: Path, store: Path, out: np.ndarray) -> Callable[[np.ndarr
     return lambda chosen: array.oindex[chosen]
 
 
-def with_tensorstore(folder: Path, store: Path, out: np.ndarray) -> Callable[[np.ndarray], object]:
+def with_tensorstore(folder: Path, store: Path, out: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     import tensorstore
 
     one = {"data_copy_concurrency": {"limit": 1}, "file_io_concurrency": {"limit": 1}}
     place = {"driver": "file", "path": str(store / ARRAY)}
     array = tensorstore.open({"driver": "zarr3", "kvstore": place, "context": one}).result()
 
-    def read(chosen: np.ndarray) -> None:
+    def read(chosen: np.ndarray) -> np.ndarray:
         with tensorstore.Batch() as batch:
             waiting = [array[row].read(batch=batch) for row in chosen.tolist()]
         for place, future in zip(out, waiting, strict=True):
             np.copyto(place, future.result())
+        return out
 
     return read
 
 
-def with_h5py(folder: Path, store: Path, out: np.ndarray) -> Callable[[np.ndarray], object]:
+def with_h5py(folder: Path, store: Path, out: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
     import h5py
 
     with h5py.File(folder / "m.h5", "w") as file:
         file.create_dataset("x", data=np.load(folder / "m.npy", mmap_mode="r"))
     dataset = h5py.File(folder / "m.h5")["x"]
 
-    def read(chosen: np.ndarray) -> None:
+    def read(chosen: np.ndarray) -> np.ndarray:
         for place, row in zip(out, chosen.tolist(), strict=True):
             dataset.read_direct(place, np.s_[row], np.s_[:])  # type: ignore[union-attr]
+        return out
 
     return read
