@@ -13,6 +13,8 @@ import hashlib
 import os
 import tempfile
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,10 +45,13 @@ class LocalCache:
         Raises: StoreError where the object is missing or is not what its commit record says.
         """
         file = self.root / "shards" / sha256
-        if file.exists():
-            os.utime(file)  # the newest
-            return file
-        self.make_room(min(size, WHOLE) if size <= WHOLE else footer)
+        with self._usable():
+            try:
+                os.utime(file)  # the newest
+                return file
+            except FileNotFoundError:
+                pass
+            self.make_room(min(size, WHOLE) if size <= WHOLE else footer)
         try:
             if size <= WHOLE:
                 content = objects.read(place)
@@ -59,32 +64,40 @@ class LocalCache:
             raise StoreError(f"{place} is damaged: there is no such object.") from None
         if wrong:
             raise StoreError(f"{place} is damaged: it is not what its commit record says.")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".", dir=file.parent)
-        try:
-            with os.fdopen(handle, "r+b") as target:
-                target.truncate(size)
-                os.pwrite(target.fileno(), content, size - len(content))
-            os.link(name, file)
-        except FileExistsError:
-            pass  # another process was quicker
-        finally:
-            os.unlink(name)
+        with self._usable():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(prefix=".", dir=file.parent)
+            try:
+                with os.fdopen(handle, "r+b") as target:
+                    target.truncate(size)
+                    os.pwrite(target.fileno(), content, size - len(content))
+                os.link(name, file)
+            except FileExistsError:
+                pass  # another process was quicker
+            finally:
+                os.unlink(name)
         return file
+
+    @contextmanager
+    def _usable(self) -> Iterator[None]:
+        """What goes wrong on this machine's disk is told as such, not as damage of the store."""
+        try:
+            yield
+        except OSError as error:
+            raise StoreError(
+                f"the local cache {self.root} cannot be used: {error.strerror}; make room or mend its rights, or set "
+                "store.cache_dir to another folder."
+            ) from None
 
     def keep(self, file: Path, offset: int, content: bytes) -> None:
         """Writes a checked row into its shard's file. A full disk or an evicted file only means that it is not kept."""
-        self.make_room(len(content))
-        try:
+        with suppress(OSError):
+            self.make_room(len(content))
             handle = os.open(file, os.O_WRONLY)
-        except FileNotFoundError:
-            return
-        try:
-            os.pwrite(handle, content, offset)
-        except OSError:
-            pass
-        finally:
-            os.close(handle)
+            try:
+                os.pwrite(handle, content, offset)
+            finally:
+                os.close(handle)
 
     def make_room(self, more: int) -> None:
         """Removes the oldest files until `more` bytes fit; counts anew after each sixteenth of the budget, because
@@ -134,16 +147,18 @@ class LocalCache:
             where = f"{os.environ.get('AWS_ENDPOINT_URL')} {place} {head['e_tag']}"
             key = hashlib.sha256(where.encode()).hexdigest()
         file = self.root / "index" / f"{key[:40]}-{place.name}"
-        if not file.exists():
+        with self._usable():
+            if file.exists():
+                return file
             file.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(prefix=".", dir=file.parent)
             os.close(handle)
-            try:
-                objects.download(place, Path(name))
-                with open(name, "rb") as stream:
-                    if sha256 is not None and hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
-                        raise StoreError(f"{place} is damaged: its bytes are not those that were planned.")
-                os.replace(name, file)
-            finally:
-                Path(name).unlink(missing_ok=True)
+        try:
+            objects.download(place, Path(name))
+            with open(name, "rb") as stream:
+                if sha256 is not None and hashlib.file_digest(stream, "sha256").hexdigest() != sha256:
+                    raise StoreError(f"{place} is damaged: its bytes are not those that were planned.")
+            os.replace(name, file)
+        finally:
+            Path(name).unlink(missing_ok=True)
         return file

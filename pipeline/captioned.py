@@ -6,7 +6,7 @@ Each reads its source as a stream: memory does not grow with the corpus.
 import csv
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -16,7 +16,9 @@ import pyarrow.parquet as pq
 from pipeline import tars
 from xformer.errors import CorpusError
 
-PICTURES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+PICTURES = {
+    ".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif",
+}  # fmt: skip
 MAX_TEXT_BYTES = 1 << 20  # of one caption file, JSON sidecar or table cell
 MAX_ELEMENT_BYTES = 64 << 20  # of one element of a JSON list
 IMAGE_COLUMNS = ("image", "image_path", "file_name", "filepath", "filename", "path", "file")
@@ -31,6 +33,25 @@ class Row:
     location: str  # relative to the corpus's image root; inside a tar TAR:OFFSET+SIZE
     captions: tuple[str, ...]
     split: str = ""
+    reason: str = ""  # why it cannot be used, where the source itself tells: it is a dead letter
+
+    def clean(self) -> "Row":
+        """As an index can hold it: captions are one line each, without NUL and without the half of a surrogate pair that
+        a cut emoji leaves in JSON. A row without any caption left, or with such a half in its file name, is dead."""
+        captions = tuple(text for text in map(_one_line, self.captions) if text)
+        reason = self.reason or ("all its captions are blank" if self.captions and not captions else "")
+        key, location = (_escaped(text) for text in (self.id, self.location))
+        if (key, location) != (self.id, self.location):
+            reason = "its file name is no Unicode text"
+        return replace(self, id=key, location=location, captions=captions, reason=reason)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.encode("utf-8", "ignore").decode().replace("\0", " ").split())
+
+
+def _escaped(text: str) -> str:
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def image_id(name: str) -> str:
@@ -52,42 +73,81 @@ def tar_rows(root: Path, files: list[Path]) -> Iterator[Row]:
     """Samples as img2dataset writes them: KEY.jpg with KEY.txt and KEY.json beside it, one after the other.
 
     A caption is the .txt, else the "caption" of the .json. A sample without a picture is one that failed to download.
+    Raises: CorpusError for a damaged tar, and for one with another number of pictures than img2dataset's _stats.json
+    beside it says: a tar whose end is missing can look whole.
     """
     for file in files:
-        key, parts = "", {}
-        for member in tars.members(file):
-            path = PurePosixPath(member.name)
-            stem, _, extension = path.name.partition(".")
-            now = str(path.parent / stem)
-            if now != key:
-                yield from _sample(root, file, parts)
-                key, parts = now, {}
-            extension = f".{extension.lower()}"
-            if extension in parts:
-                raise CorpusError(f"{file}: the member {member.name!r} stands twice in one sample.")
-            parts[extension] = member
-        yield from _sample(root, file, parts)
+        count = 0
+        try:
+            for row in _samples(root, file):
+                count += 1
+                yield row
+        except OSError as error:
+            raise CorpusError(f"{file}: cannot be read: {error.strerror}.") from None
+        said = _said(file)
+        if said is not None and said != count:
+            raise CorpusError(
+                f"{file}: holds {count} pictures, its _stats.json says {said}; fetch it again, or remove that file where "
+                "the tar was changed on purpose."
+            )
+
+
+def _said(file: Path) -> int | None:
+    """How many pictures img2dataset wrote into a tar, as its NNNNN_stats.json says; None without one."""
+    try:
+        with file.with_name(f"{file.stem}_stats.json").open("rb") as stream:
+            said = json.loads(stream.read(MAX_TEXT_BYTES))["successes"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return said if isinstance(said, int) else None
+
+
+def _samples(root: Path, file: Path) -> Iterator[Row]:
+    key, parts = "", {}
+    for member in tars.members(file):
+        path = PurePosixPath(member.name)
+        stem, _, extension = path.name.partition(".")
+        now = str(path.parent / stem)
+        if now != key:
+            yield from _sample(root, file, parts)
+            key, parts = now, {}
+        extension = f".{extension.lower()}"
+        if extension in parts:
+            raise CorpusError(f"{file}: the member {member.name!r} stands twice in one sample.")
+        parts[extension] = member
+    yield from _sample(root, file, parts)
 
 
 def _sample(root: Path, file: Path, parts: dict[str, tars.Member]) -> Iterator[Row]:
     picture = next((parts[e] for e in sorted(parts) if e in PICTURES), None)
     if picture is None:
         return
-    caption: Any = None
+    captions, reason = (), ""
+    try:
+        captions = _caption(file, parts)
+    except ValueError as error:
+        reason = str(error)
+    location = f"{file.relative_to(root).as_posix()}:{picture.offset}+{picture.size}"
+    yield Row(image_id(picture.name), location, captions, reason=reason)
+
+
+def _caption(file: Path, parts: dict[str, tars.Member]) -> tuple[str, ...]:
+    """A sample's one caption, or none. Raises ValueError with the reason where it cannot be read."""
     for extension in (".txt", ".json"):
-        if (member := parts.get(extension)) is None or caption is not None:
+        if (member := parts.get(extension)) is None:
             continue
         if member.size > MAX_TEXT_BYTES:
-            raise CorpusError(
-                f"{file}: {member.name} holds {member.size} bytes; a caption has at most {MAX_TEXT_BYTES}."
-            )
+            raise ValueError(f"its {extension} has {member.size} bytes, more than {MAX_TEXT_BYTES}")
         try:
             text = tars.read(file, member.offset, member.size).decode("utf-8")
             caption = text if extension == ".txt" else json.loads(text).get("caption")
         except (ValueError, AttributeError, RecursionError) as error:
-            raise CorpusError(f"{file}: {member.name} cannot be read: {error}.") from None
-    location = f"{file.relative_to(root).as_posix()}:{picture.offset}+{picture.size}"
-    yield Row(image_id(picture.name), location, (caption,) if isinstance(caption, str) else ())
+            raise ValueError(f"its {extension} cannot be read: {error}") from None
+        if isinstance(caption, str):
+            return (caption,)
+        if caption is not None:
+            raise ValueError(f"the caption in its {extension} is no text")
+    return ()
 
 
 def json_elements(file: Path) -> Iterator[Any]:
@@ -139,12 +199,12 @@ def genome_rows(file: Path, root: Path) -> Iterator[Row]:
 def table_rows(file: Path) -> Iterator[Row]:
     """A CSV, TSV or Parquet of image path + caption; rows of one image that follow each other are one image."""
     path, captions = "", []
-    for image, caption in (_parquet if file.suffix.lower() == ".parquet" else _csv)(file):
+    for image, more in (_parquet if file.suffix.lower() == ".parquet" else _csv)(file):
         if image != path and path:
             yield Row(image_id(path), path, tuple(captions))
             captions = []
         path = inside(image, file)
-        captions += [caption] if caption else []
+        captions += [caption for caption in more if caption]
     if path:
         yield Row(image_id(path), path, tuple(captions))
 
@@ -159,7 +219,7 @@ def _columns(file: Path, names: list[str]) -> tuple[int, int | None]:
     return image, next((lower.index(n) for n in CAPTION_COLUMNS if n in lower), None)
 
 
-def _csv(file: Path) -> Iterator[tuple[str, str]]:
+def _csv(file: Path) -> Iterator[tuple[str, list[str]]]:
     csv.field_size_limit(MAX_TEXT_BYTES)
     tabs = file.suffix.lower() == ".tsv"
     with file.open(encoding="utf-8-sig", newline="") as stream:
@@ -170,12 +230,14 @@ def _csv(file: Path) -> Iterator[tuple[str, str]]:
             for line in lines:
                 if len(line) != len(names):
                     raise CorpusError(f"{file} line {lines.line_num}: {len(line)} cells, the header has {len(names)}.")
-                yield line[image], line[caption] if caption is not None else ""
+                yield line[image], [line[caption]] if caption is not None else []
         except (csv.Error, UnicodeDecodeError) as error:
             raise CorpusError(f"{file} line {lines.line_num + 1}: {error}.") from None
 
 
-def _parquet(file: Path) -> Iterator[tuple[str, str]]:
+def _parquet(file: Path) -> Iterator[tuple[str, list[str]]]:
+    """A caption column may hold a text or a list of texts."""
+    row = 0
     try:
         with pq.ParquetFile(file) as table:
             names = table.schema_arrow.names
@@ -184,7 +246,14 @@ def _parquet(file: Path) -> Iterator[tuple[str, str]]:
             for batch in table.iter_batches(batch_size=4096, columns=wanted):
                 columns = [batch[name].to_pylist() for name in wanted]
                 captions = columns[1] if caption is not None else [None] * len(columns[0])
-                for path, text in zip(columns[0], captions, strict=True):
-                    yield str(path), "" if text is None else str(text)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise CorpusError(f"{file}: not a Parquet file: {' '.join(str(error).split())}.") from None
+                for path, value in zip(columns[0], captions, strict=True):
+                    texts: list[str] = [
+                        text for text in (value if isinstance(value, list) else [value]) if text is not None
+                    ]
+                    if not isinstance(path, str) or not all(isinstance(text, str) for text in texts):
+                        what = "caption" if isinstance(path, str) else "image path"
+                        raise CorpusError(f"{file} row {row}: its {what} is missing or no text.")
+                    yield path, texts
+                    row += 1
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+        raise CorpusError(f"{file} row {row}: cannot be read as Parquet: {' '.join(str(error).split())}.") from None

@@ -1,10 +1,16 @@
-"""`xformer store show`: a contact sheet of rows: the image as it was encoded, what the MAE saw, and what is cached."""
+"""`xformer store show`: a contact sheet of rows: the image as it was encoded, what the MAE saw, and what is cached.
 
+The picture is the cached one; of a store without pixels it is decoded again from where the extraction had it.
+"""
+
+import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from pipeline import masks
+from pipeline import images, masks, provenance
+from pipeline.corpora import read_image
 from pipeline.reader import FeatureArray
 from pipeline.store import FeatureStore
 from pipeline.upkeep import rows_of
@@ -13,6 +19,7 @@ from xformer.errors import StoreError
 
 def contact_sheet(path: Path, ids: list[str], count: int, out: Path) -> list[str]:
     """Draws one line per row into a PNG: source picture, each draw's mask over it, and the norm of every cached token.
+    Where the source picture is gone, its cell says so.
 
     Args:
         ids: image ids; left empty, `count` rows spread over the store.
@@ -38,14 +45,17 @@ def contact_sheet(path: Path, ids: list[str], count: int, out: Path) -> list[str
     figure, axes = plt.subplots(
         len(rows), 1 + len(arrays), figsize=(1.9 * (1 + len(arrays)), 2.1 * len(rows)), squeeze=False
     )
-    shown = []
+    made, shown = next(iter(provenance.read(path).values()), {}), []
     for line, row in zip(axes, rows, strict=True):
         shard, inner = divmod(int(row), opened.index.shard_rows)
         record = opened.index.shard(shard)[inner]
         shown.append(record["id"])
         pixels = _pixels(opened, 0, int(row))
+        pixels = _decoded(made, record) if pixels is None else pixels
         line[0].set_title(f"row {row}, id {record['id']}"[:28], fontsize=7)
-        if pixels is not None:
+        if isinstance(pixels, str):
+            line[0].text(0.5, 0.5, pixels, ha="center", va="center", fontsize=6, wrap=True)
+        else:
             line[0].imshow(pixels)
         for axis, (name, array) in zip(line[1:], arrays.items(), strict=True):
             _draw(axis, opened, name, array, int(row))
@@ -62,6 +72,22 @@ def contact_sheet(path: Path, ids: list[str], count: int, out: Path) -> list[str
 def _pixels(opened: FeatureStore, view: int, row: int) -> np.ndarray | None:
     name = f"pixels/view-{view}"
     return opened.array(name).read([row])[0].transpose(1, 2, 0) if name in opened.names() else None
+
+
+def _decoded(made: dict[str, Any], record: dict) -> np.ndarray | str:
+    """The picture of a row from its source, uint8 [S, S, 3], or why there is none."""
+    if not made:
+        return "no picture: the store does not say where its source is"
+    try:
+        content, settings = read_image(Path(made["images"]), record["location"]), made["settings"]
+        if hashlib.sha256(content).digest() != record["sha256"]:
+            return "no picture: the source has changed"
+        image = images.decode(content, settings["corpus"]["max_image_pixels"])
+        return images.evaluation_view(image, settings["image_size"]).transpose(1, 2, 0)
+    except OSError as error:
+        return f"no picture: {error.strerror}"
+    except images.BadImage as error:
+        return f"no picture: {error}"
 
 
 def _draw(axis, opened: FeatureStore, name: str, array: FeatureArray, row: int) -> None:

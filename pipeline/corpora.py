@@ -4,43 +4,96 @@ import errno
 import glob
 import hashlib
 import json
+import os
 import re
+import stat
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
-from pipeline import tars
 from pipeline.captioned import PICTURES, Row, genome_rows, image_id, inside, table_rows, tar_rows
 from xformer.errors import CorpusError
 
 MAX_JSON_BYTES = 4 << 30
 MAX_IMAGE_BYTES = 1 << 30
-IN_TAR = re.compile(r"(.+\.tar):(\d+)\+(\d+)")
+IN_TAR = re.compile(r"(.+\.tar):(\d+)\+(\d+)", re.IGNORECASE)
 TABLES = (".csv", ".tsv", ".parquet")
 CAPTION_FILES = (".json", *TABLES)  # whose pictures lie elsewhere
+SHORTER = "it is shorter than when it was indexed"
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A recognised source: its kind, where its pictures lie, what identifies it, and its rows."""
+    """A recognised source: its kind, where its pictures lie, what identifies it, and how its rows are read."""
 
     kind: str
     root: Path
     source: Path
     identity: str  # sha256 of what decides the rows: caption files or file names
-    rows: Callable[[], Iterator[Row]]
+    read: Callable[[], Iterator[Row]]
+    tars: tuple[Path, ...] = ()
+
+    def rows(self) -> Iterator[Row]:
+        return (row.clean() for row in self.read())
+
+    def expected(self, limit: int | None = None) -> int:
+        """How many rows there are, at most `limit`; of tars an estimate from the first, for a progress bar."""
+        if not self.tars:
+            count = sum(1 for _ in self.read())
+        else:
+            sizes = [file.stat().st_size for file in self.tars]
+            first = sum(1 for _ in tar_rows(self.root, [self.tars[0]]))
+            count = round(first * sum(sizes) / max(1, sizes[0]))
+        return count if limit is None else min(count, limit)
+
+
+@contextmanager
+def _opened(root: Path, location: str) -> Iterator[tuple[BinaryIO, int]]:
+    """The bytes of one image, a file below `root` or a member of a tar there: a stream, and how many to read from it.
+
+    Raises: OSError, also for what is no regular file: reading a pipe would wait for ever.
+    """
+    match = IN_TAR.fullmatch(location)
+    file = root / (match[1] if match else location)
+    about = file.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file")
+    size = int(match[3]) if match else about.st_size
+    if size > MAX_IMAGE_BYTES:
+        raise OSError(errno.EFBIG, f"{size} bytes are more than an image may have")
+    with file.open("rb") as stream:
+        stream.seek(int(match[2]) if match else 0)
+        yield stream, size
 
 
 def read_image(root: Path, location: str) -> bytes:
-    """The bytes of one image: a file below `root`, or a member of a tar there. Raises OSError."""
-    if match := IN_TAR.fullmatch(location):
-        file, offset, size = root / match[1], int(match[2]), int(match[3])
-    else:
-        file, offset, size = root / location, 0, -1
-        size = file.stat().st_size
-    if size > MAX_IMAGE_BYTES:
-        raise OSError(errno.EFBIG, f"{size} bytes are more than an image may have")
-    return tars.read(file, offset, size)
+    """The bytes of one image. Raises OSError."""
+    with _opened(root, location) as (stream, size):
+        content = stream.read(size)
+    if len(content) != size:
+        raise OSError(errno.EIO, SHORTER)
+    return content
+
+
+def hash_image(root: Path, location: str, forget: bool = False) -> tuple[bytes, int]:
+    """sha256 and bytes of one image, read in pieces. Raises OSError.
+
+    Args:
+        forget: let the system drop the file from its cache first, to time the disk.
+    """
+    digest = hashlib.sha256()
+    with _opened(root, location) as (stream, size):
+        if forget and hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        left = size
+        while left:
+            if not (piece := stream.read(min(left, 1 << 20))):
+                raise OSError(errno.EIO, SHORTER)
+            digest.update(piece)
+            left -= len(piece)
+    return digest.digest(), size
 
 
 def open_corpus(source: Path, image_root: Path | None = None) -> Corpus:
@@ -61,10 +114,10 @@ def open_corpus(source: Path, image_root: Path | None = None) -> Corpus:
         raise CorpusError(f"--corpus {source}: there is no such file or folder.")
     if source.is_dir() and (source / "shapes.json").is_file():
         return _shapes(source)
-    if source.is_dir() and (found := sorted(source.rglob("*.tar"))):
-        return _tars(source, source, found)
     if source.is_dir():
         return _folder(source)
+    if not source.is_file():
+        raise CorpusError(f"--corpus {source}: neither a file nor a folder.")
     kind = source.suffix.lower()
     if kind == ".tar":
         return _tars(source, source.parent, [source])
@@ -93,8 +146,11 @@ def _tars(source: Path, root: Path, files: list[Path]) -> Corpus:
     files = [file for file in files if file.suffix.lower() == ".tar"]
     if not files:
         raise CorpusError(f"--corpus {source}: no tar of this name.")
+    if odd := [file for file in files if not file.is_file()]:
+        raise CorpusError(f"--corpus {source}: {odd[0]} is no regular file.")
     names = "\n".join(f"{f.relative_to(root).as_posix()} {f.stat().st_size}" for f in files)
-    return Corpus("tars", root, source, hashlib.sha256(names.encode()).hexdigest(), lambda: tar_rows(root, files))
+    identity = hashlib.sha256(os.fsencode(names)).hexdigest()
+    return Corpus("tars", root, source, identity, lambda: tar_rows(root, files), tuple(files))
 
 
 def _sha256(*files: Path) -> str:
@@ -149,7 +205,21 @@ def _coco(file: Path, root: Path) -> Corpus:
 
 
 def _folder(root: Path) -> Corpus:
-    names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.suffix.lower() in PICTURES)
+    """A folder of tars or of pictures. Raises CorpusError for one that holds neither or both."""
+    names, files = [], []
+    for path in root.rglob("*"):
+        if (kind := path.suffix.lower()) in PICTURES:
+            names.append(path.relative_to(root).as_posix())
+        elif kind == ".tar":
+            files.append(path)
+    if names and files:
+        raise CorpusError(
+            f"--corpus {root}: holds {len(files)} tars and {len(names)} pictures; give '{root}/*.tar', or a folder of "
+            "the pictures alone."
+        )
+    if files:
+        return _tars(root, root, sorted(files))
+    names.sort()
     if not names:
         raise CorpusError(f"--corpus {root}: no pictures in this folder ({', '.join(sorted(PICTURES))}).")
 
@@ -157,7 +227,7 @@ def _folder(root: Path) -> Corpus:
         for name in names:
             yield Row(image_id(name), name, ())
 
-    return Corpus("folder", root, root, hashlib.sha256("\n".join(names).encode()).hexdigest(), rows)
+    return Corpus("folder", root, root, hashlib.sha256(os.fsencode("\n".join(names))).hexdigest(), rows)
 
 
 def _shapes(root: Path) -> Corpus:

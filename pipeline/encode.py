@@ -57,7 +57,7 @@ def crashed_file(path: Path) -> Path:
 
 def crashed(path: Path) -> dict[int, str]:
     try:
-        return {int(k): v for k, v in json.loads(places.read(crashed_file(path))).items()}
+        return {int(k): v for k, v in places.read_json(crashed_file(path), remedy="remove it").items()}
     except FileNotFoundError:
         return {}
 

@@ -110,6 +110,9 @@ def plan_index(path: Path, corpus: Corpus, settings: Settings, limit: int | None
         }  # fmt: skip
         difference = store.first_difference(have, want)
         if not difference:
+            if index.shard_rows != settings.store.shard_rows:
+                rows = f"{index.shard_rows} rows a shard, as it was planned, not {settings.store.shard_rows}"
+                say(f"{places.shown(path)} keeps {rows}")
             return index
         names = store.array_names(path)
         if any(store.committed(path, name) for name in names):

@@ -6,9 +6,9 @@ Of a store in an object store both are copied to the local cache when they are f
 """
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -40,13 +40,17 @@ HASHES = 65536  # images per chunk of the Zarr array of their sha256, which is n
 
 
 class Index:
-    """Reads an index. Row groups are read one at a time; captions stay on disk."""
+    """Reads an index. Row groups are read one at a time; captions stay on disk.
+
+    Raises on any read: StoreError, which names the file, where one of the index's files is missing or damaged.
+    """
 
     def __init__(self, folder: Path, cache: LocalCache | None = None) -> None:
         self.folder, self.cache = folder, cache or LocalCache()
+        known = ("corpus", "images", "captions", "dead", "shard_rows")
         try:
-            self.description = json.loads(places.read(folder / "index.json"))  # the marker
-        except FileNotFoundError:
+            self.description = places.read_json(folder / "index.json", *known)  # the marker
+        except (FileNotFoundError, NotADirectoryError):
             raise StoreError(
                 f"{folder.parent} has no finished index; run: xformer extract --store {folder.parent}"
             ) from None
@@ -61,14 +65,14 @@ class Index:
     def shard(self, shard: int) -> list[dict]:
         """The records of one shard."""
         start, stop = self.bounds(shard)
-        with pq.ParquetFile(self._file("rows.parquet")) as file:
+        with self._rows() as file:
             group = file.metadata.row_group(0).num_rows
             records = file.read_row_group(start // group)
         return records.slice(start % group, stop - start).to_pylist()
 
     def ids(self) -> Iterator[list[str]]:
         """The ids of each shard in turn."""
-        with pq.ParquetFile(self._file("rows.parquet")) as file:
+        with self._rows() as file:
             left: list[str] = []
             for batch in file.iter_batches(batch_size=self.shard_rows, columns=["id"]):
                 left += batch["id"].to_pylist()
@@ -78,15 +82,30 @@ class Index:
             if left:
                 yield left
 
-    def _file(self, name: str) -> Path:
+    @contextmanager
+    def _local(self, name: str) -> Iterator[Path]:
+        """One of the index's files on this machine; whatever reading it raises becomes one sentence."""
         try:
-            return self.cache.file(self.folder / name, self.description.get("sha256", {}).get(name))
-        except FileNotFoundError as error:
-            raise StoreError(f"{error}; the index is damaged.") from None
+            yield self.cache.file(self.folder / name, self.description.get("sha256", {}).get(name))
+        except (pa.ArrowException, OSError, LookupError, ValueError) as error:
+            missing = isinstance(error, FileNotFoundError)
+            what = "there is no such file" if missing else " ".join(str(error).split())[:200]
+            raise StoreError(
+                f"{self.folder / name} is damaged: {what}; restore it from a copy, or extract into a new store."
+            ) from None
+
+    @contextmanager
+    def _rows(self, columns: list[str] | None = None) -> Iterator[pq.ParquetFile]:
+        """rows.parquet; `columns` are read by their dictionaries."""
+        with self._local("rows.parquet") as path, pq.ParquetFile(path, read_dictionary=columns) as file:
+            if file.metadata.num_rows != self.count:
+                raise ValueError(f"{file.metadata.num_rows} rows instead of {self.count}")
+            yield file
 
     def column(self, *names: str) -> pa.Table:
         """Whole columns of the index, as Arrow."""
-        return pq.read_table(self._file("rows.parquet"), columns=list(names))
+        with self._rows() as file:
+            return file.read(columns=list(names))
 
     def damaged(self) -> list[str]:
         """The index's own files whose bytes are not those that were planned, one line each."""
@@ -95,7 +114,7 @@ class Index:
         def now(file: Path) -> str:
             try:
                 return file_sha256(self.cache.file(file))
-            except FileNotFoundError:
+            except OSError:
                 return ""
 
         planned = {self.folder / name: want for name, want in self.description.get("sha256", {}).items()}
@@ -105,7 +124,7 @@ class Index:
         """Rows that were dead letters at planning."""
         if not self.description["dead"]:
             return
-        with pq.ParquetFile(self._file("rows.parquet")) as file:
+        with self._rows() as file:
             for batch in file.iter_batches(columns=["row", "id", "source", "status", "reason"]):
                 bad = pc.equal(batch["status"], "dead")  # type: ignore
                 for row in batch.filter(bad).to_pylist():
@@ -114,7 +133,7 @@ class Index:
     def usable(self, split: str) -> np.ndarray:
         """Whether each row belongs to `split` and was readable at planning, bool [rows]; never reads a whole table."""
         found = np.empty(self.count, bool)
-        with pq.ParquetFile(self._file("rows.parquet"), read_dictionary=["split", "status"]) as file:
+        with self._rows(["split", "status"]) as file:
             row = 0
             for batch in file.iter_batches(batch_size=1 << 16, columns=["split", "status"]):
                 part = found[row : row + len(batch)]
@@ -127,7 +146,7 @@ class Index:
 
     def id_of(self, row: int) -> str:
         """The sample id of one row; reads one row group."""
-        with pq.ParquetFile(self._file("rows.parquet")) as file:
+        with self._rows() as file:
             group = file.metadata.row_group(0).num_rows
             return file.read_row_group(row // group, columns=["id"])["id"][row % group].as_py()
 
@@ -135,24 +154,27 @@ class Index:
         """A number for each image, int64: the first bytes of its sha256, so the same picture has the same in every store."""
         found = np.empty(len(rows), np.int64)
         for part in np.unique(rows // HASHES):
-            with self._file(f"c/{part}/0").open("rb", buffering=0) as file:
+            with self._local(f"c/{part}/0") as path, path.open("rb", buffering=0) as file:
                 for at in np.flatnonzero(rows // HASHES == part).tolist():
                     key = os.pread(file.fileno(), 8, int(rows[at]) % HASHES * 32)
                     if len(key) < 8:
-                        raise StoreError(f"{file.name} is cut off; restore it from a copy.")
+                        raise ValueError(f"it ends before row {rows[at]}")
                     found[at] = int.from_bytes(key, "little", signed=True)
         return found
 
     def captions(self) -> tuple[np.ndarray, "Captions"]:
         """The row of every caption (int32, int64 from 2^31 rows on, [captions]) and the captions, which stay on disk."""
-        captions = Captions(self._file("captions.arrow"))
+        with self._local("captions.arrow") as path:
+            captions = Captions(path)
         kind = np.int32 if self.count < 2**31 else np.int64
         rows, row, place = np.empty(len(captions), kind), 0, 0
-        with pq.ParquetFile(self._file("rows.parquet")) as file:  # their counts are small; the captions stay untouched
+        with self._rows() as file:  # their counts are small; the captions stay untouched
             for batch in file.iter_batches(batch_size=1 << 17, columns=["captions"]):
                 part = np.repeat(np.arange(row, row + len(batch), dtype=kind), batch["captions"].to_numpy())
                 rows[place : place + len(part)] = part
                 row, place = row + len(batch), place + len(part)
+            if place != len(captions):
+                raise ValueError(f"it counts {place} captions, captions.arrow holds {len(captions)}")
         return rows, captions
 
 

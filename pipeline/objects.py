@@ -64,6 +64,8 @@ def _ask[T](path: Path, request: Callable[[Any, str], T]) -> T:
     except (AlreadyExistsError, PreconditionError):
         raise FileExistsError(f"{path}: the object exists already or was changed") from None
     except (BaseError, ValueError, OSError) as error:
+        if "NoSuchBucket" in str(error):
+            raise StoreError(f"{path}: there is no bucket {path.parts[1]}; make it, or mend the path.") from None
         what = " ".join(str(error).split())[:300]
         raise StoreError(f"{path}: the object store does not do what it is asked: {what}; run again later.") from None
 
@@ -90,7 +92,11 @@ def download(path: Path, file: Path) -> None:
     def stream(client: Any, key: str) -> None:
         with file.open("wb") as target:
             for piece in client.get(key).stream(min_chunk_size=1 << 22):
-                target.write(piece)
+                try:
+                    target.write(piece)
+                    target.flush()
+                except OSError as error:
+                    raise StoreError(f"{file.parent} cannot be written: {error.strerror}; make room there.") from None
 
     _ask(path, stream)
 
@@ -176,9 +182,12 @@ def lease(store: Path) -> Iterator[bool]:
 def _taken_over(place: Path, mine: bytes) -> bool:
     try:
         found = _ask(place, lambda client, key: client.get(key))
-        other = json.loads(found.bytes().to_bytes())
         age = (datetime.now(UTC) - found.meta["last_modified"]).total_seconds()
-        dead = other["host"] == socket.gethostname() and not Path(f"/proc/{other['pid']}").exists()
+        try:
+            other = json.loads(found.bytes().to_bytes())
+            dead = other["host"] == socket.gethostname() and not Path(f"/proc/{other['pid']}").exists()
+        except (ValueError, LookupError, TypeError):
+            dead = False  # cut or foreign: it counts until it is old
         if age < LEASE and not dead:
             return False
         mode: Any = {"e_tag": found.meta["e_tag"]}

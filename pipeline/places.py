@@ -5,14 +5,17 @@ a write is a temporary file, fsync and a rename or an exclusive link (xformer/pu
 put, conditional (If-None-Match: *) where it must be exclusive. A missing file or object raises FileNotFoundError.
 """
 
+import json
 import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from pipeline import objects
 from xformer import publish
+from xformer.errors import StoreError
 
 
 def is_object(path: Path) -> bool:
@@ -30,6 +33,29 @@ def absolute(path: Path) -> Path:
 
 def read(path: Path) -> bytes:
     return objects.read(path) if is_object(path) else path.read_bytes()
+
+
+def read_json(path: Path, *keys: str, remedy: str = "restore it from a copy of the store") -> dict[str, Any]:
+    """A JSON object that a store keeps.
+
+    Raises: FileNotFoundError or NotADirectoryError where there is none; StoreError, with the file and the remedy, where
+    it cannot be read, is cut off, or lacks one of `keys`.
+    """
+    try:
+        content = json.loads(read(path))
+        if not isinstance(content, dict):
+            wrong = "it is no JSON object"
+        else:
+            wrong = "; ".join(f"it has no {key}" for key in keys if key not in content)
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        wrong = f"it cannot be read: {error.strerror}"
+    except (ValueError, RecursionError) as error:
+        wrong = str(error) or type(error).__name__
+    if wrong:
+        raise StoreError(f"{path} is damaged ({wrong}); {remedy}.")
+    return content
 
 
 def exists(path: Path) -> bool:

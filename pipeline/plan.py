@@ -2,7 +2,8 @@
 
 Bytes follow from shapes alone and are exact. Seconds on this machine are those of a short probe: some of the corpus's
 images through the real encoders into a store that is thrown away; encoders whose weights are not here are counted. Seconds
-on GPUs are operation counts at a stated throughput.
+on GPUs are operation counts at a stated throughput. Before any encoder runs, every image is read and hashed once; that is
+as fast as the disk, and no GPU helps.
 """
 
 import math
@@ -21,7 +22,7 @@ from pipeline import images, places
 from pipeline.captioned import Row
 from pipeline.corpora import Corpus, open_corpus, read_image
 from pipeline.extract import array_specs, extract
-from pipeline.write_index import split_of
+from pipeline.write_index import READERS, hashed, split_of
 from xformer import console, weights
 from xformer.console import say, table
 from xformer.errors import CorpusError
@@ -75,14 +76,24 @@ def array_costs(settings: Settings, count: int, clip_tokens: dict[int, int]) -> 
 
 
 def read_per_pair(arrays: dict[str, dict[str, Any]], settings: Settings, stage: str) -> int:
-    """Bytes that one image-text pair reads: C, one draw of M with its kept patches, and in stage 1 the pixels."""
+    """Bytes that one image-text pair reads: C, one draw of M with its kept patches, and in stage 1 the pixels; of however
+    many views always one."""
     mae = "mae/draw-0" if settings.mae.mask_ratio else "mae/full"
-    folders = [f"clip/{settings.clip.layers[0]}", mae] + (["pixels"] if stage == "stage 1" else [])
-    return sum(
-        a["bytes_per_image"]
-        for name, a in arrays.items()
-        if name.rpartition("/")[0] in folders and "view-1" not in name
-    )
+    folders = (f"clip/{settings.clip.layers[0]}", mae)
+    names = [f"{folder}/{part}" for folder in folders for part in ("tokens", "scale", "kept")]
+    names += ["pixels/view-0"] if stage == "stage 1" else []
+    return sum(arrays[name]["bytes_per_image"] for name in names if name in arrays)
+
+
+def planning(corpus: Corpus, rows: list[Row]) -> dict[str, float]:
+    """Bytes of one image and seconds to read and hash it, as the planning of a store does; the mean over a sample.
+
+    The system is told to drop the sample from its cache, because a large corpus is not in memory either.
+    """
+    began = time.perf_counter()
+    size = sum(found[2] for found in hashed(corpus.root, rows, forget=True))
+    seconds = time.perf_counter() - began
+    return {"bytes": size / max(1, len(rows)), "seconds": seconds / max(1, len(rows)), "images": len(rows)}
 
 
 def decode_seconds(corpus: Corpus, rows: list[Row], settings: Settings) -> float:
@@ -124,7 +135,7 @@ def probe(
 
     def run(count: int, shard_rows: int) -> float:
         picked = [replace(rows[i % len(rows)], id=str(i)) for i in range(count)]
-        few = replace(corpus, rows=lambda: iter(picked))
+        few = replace(corpus, read=lambda: iter(picked), tars=())
         given = [f"store.shard_rows={shard_rows}", "corpus.max_dead_fraction=1", "store.dtype=fp16"]
         with tempfile.TemporaryDirectory(prefix=".xformer-plan-", dir=where) as folder:
             path = Path(folder) / "probe.zarr"
@@ -171,6 +182,7 @@ def plan(
         count, captions, pairs = (round(counted[key] * scale) for key in ("images", "captions", "pairs"))
         arrays = array_costs(settings, count, operations["clip_tokens"])
         say("measuring this machine, a minute or two")
+        read = planning(source, counted["sample"])
         decode = decode_seconds(source, counted["sample"], settings)
         with console.quietly():
             probes = {kind: probe(source, counted["sample"], kind, settings, gpus, where) for kind in NEEDED}
@@ -195,6 +207,10 @@ def plan(
         phases.append(
             _phase(f"train {stage}", steps * min(recipe.batch, max(1, pairs)), cost["flop"], size, here, how, machine)
         )
+    how = f"{READERS} threads, {read['images']} images, {read['bytes'] / read['seconds'] / 1e6:,.0f} MB/s"
+    first = _phase("plan the store", count, 0, round(read["bytes"]), read["seconds"], how, machine)
+    seconds = max(first["gpu_seconds"], first["here_seconds"])  # one machine reads, and no GPU helps it
+    first |= {"gpu_seconds": seconds, "gpu_gb_per_second": count * read["bytes"] / 1e9 / seconds}
     return {
         "preset": settings.preset,
         "corpus": str(corpus.source) if corpus else None,
@@ -203,12 +219,12 @@ def plan(
         "bytes": sum(array["bytes"] for array in arrays.values()),
         "free_bytes": shutil.disk_usage(where).free,
         "machine": asdict(machine) | {"source": GPU_SOURCE if machine.tflops == GPU_TFLOPS else "as given"},
-        "phases": phases,
+        "phases": [first, *phases],
         "decode_core_seconds": decode,
         "decode_cores_for_gpus": decode * count / min(phase["gpu_seconds"] for phase in phases[:2]),
         "when_it_pays": {
-            "gpus": _when_it_pays(phases, pairs, views, draws, "gpu_seconds", "gpu_compute_seconds"),
-            "here": _when_it_pays(phases, pairs, views, draws, "here_seconds", "here_seconds"),
+            "gpus": _when_it_pays([first, *phases], pairs, views, draws, "gpu_seconds", "gpu_compute_seconds"),
+            "here": _when_it_pays([first, *phases], pairs, views, draws, "here_seconds", "here_seconds"),
         },
     }
 
@@ -235,8 +251,8 @@ def _when_it_pays(
 
     Online a pair costs one forward pass of each encoder beside the step itself, and reads no features.
     """
-    clip, mae, *stages = phases
-    encode = clip[cached] + mae[cached]
+    planned, clip, mae, *stages = phases
+    encode = planned[cached] + clip[cached] + mae[cached]
     online = clip[compute] / clip["samples"] / views + mae[compute] / mae["samples"] / draws
     cached_run = sum(stage[cached] for stage in stages)
     online_run = sum(stage[compute] + stage["samples"] * online for stage in stages)
@@ -270,8 +286,7 @@ def show(report: dict[str, Any]) -> None:
         [
             (
                 p["phase"], f"{p['samples']:,}", p["flop_per_sample"] / 1e9, _hours(p["here_seconds"]),
-                _hours(p["gpu_seconds"]), f"{p['gpu_gb_per_second']:.2f} {'read' if 'train' in p['phase'] else 'written'}",
-                p["here"],
+                _hours(p["gpu_seconds"]), _rate(p), p["here"],
             )
             for p in report["phases"]
         ],
@@ -300,6 +315,12 @@ def _size(count: float) -> str:
         if count >= unit:
             return f"{count / unit:,.2f} {name}"
     return f"{count / 1e6:,.2f} MB"
+
+
+def _rate(phase: dict[str, Any]) -> str:
+    if not phase["flop_per_sample"]:
+        return f"{_size(phase['samples'] * phase['bytes_per_sample'])} read once"
+    return f"{phase['gpu_gb_per_second']:.2f} {'read' if 'train' in phase['phase'] else 'written'}"
 
 
 def _hours(seconds: float) -> str:

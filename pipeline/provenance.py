@@ -28,4 +28,8 @@ def record(path: Path, kind: str, corpus: Corpus, settings: Settings, names: lis
 def read(path: Path) -> dict[str, dict[str, Any]]:
     """What is known of each encoder's newest extraction, by encoder."""
     files = [name for name in places.children(path / "index")[0] if name.startswith("made-") and name.endswith(".json")]
-    return {name[len("made-") : -len(".json")]: json.loads(places.read(path / "index" / name)) for name in files}
+    known, remedy = ("source", "images", "settings", "arrays", "versions"), "remove it and extract again"
+    return {
+        name[len("made-") : -len(".json")]: places.read_json(path / "index" / name, *known, remedy=remedy)
+        for name in files
+    }

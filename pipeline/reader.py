@@ -12,7 +12,7 @@ tensorstore, 8 to 10 times zarr's own index lists. The checksum decides: awscrt'
 google-crc32c, which zarr uses, 28 GB/s, with which this would be 0.65.
 """
 
-import json
+import errno
 import os
 import resource
 import threading
@@ -37,6 +37,8 @@ BLOCK = 1 << 18  # bytes that are read and then checked
 ROWS_AT_ONCE = 8  # a thread takes so many rows, so that handing them over costs little
 FILES, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # that this process may open
 OPEN_SHARDS = 4096 if FILES == resource.RLIM_INFINITY else min(4096, FILES // 2)  # at once, over all arrays
+OURS = (errno.EMFILE, errno.ENFILE, errno.EACCES, errno.EPERM, errno.ENOMEM)  # this process's errors, not a shard's
+MEND = "the store itself is not damaged; mend that (too many open files: ulimit -n) and run again"
 REQUESTS = 32  # to an object store at once; one connection gives tens of MB/s, a trainer needs hundreds
 
 
@@ -79,10 +81,16 @@ def _requests() -> ThreadPoolExecutor:
 
 def array_metadata(store: Path, name: str) -> tuple[tuple[int, ...], np.dtype, dict[str, Any]]:
     """Shape, dtype and attributes of an array. Raises FileNotFoundError where there is none."""
-    about = json.loads(places.read(store / name / "zarr.json"))
-    if about.get("node_type") != "array":
+    file = store / name / "zarr.json"
+    about = places.read_json(file, "node_type")
+    if about["node_type"] != "array":
         raise FileNotFoundError(f"{store / name}: there is no such array")
-    return tuple(about["shape"]), np.dtype(about["data_type"]), about["attributes"]
+    try:
+        attributes = about["attributes"]
+        _ = attributes["identity"], attributes["usage"], attributes["fingerprint"]
+        return tuple(about["shape"]), np.dtype(about["data_type"]), attributes
+    except (LookupError, TypeError) as error:
+        raise StoreError(f"{file} is damaged ({error}); restore it from a copy of the store.") from None
 
 
 def shard_file(store: Path, name: str, shard: int, ndim: int) -> Path:
@@ -131,12 +139,14 @@ class FeatureArray:
         """Reads `rows` in the order given into [len(rows), *shape], float16 where int8 is stored.
 
         Args:
-            out: a C-contiguous array of that shape, for example pinned; left out, a new one.
+            out: a C-contiguous array of that shape and type, for example pinned; left out, a new one.
             pool: reads the rows in its threads.
+
+        Raises: ValueError for another `out`.
         """
         if self.channels is None:
             return self.raw(rows, out, pool)
-        out = np.empty((len(rows), *self.shape), np.float16) if out is None else out
+        out = self._target(len(rows), np.dtype(np.float16), out)
         scale, channels = self._scale.raw(rows), self.channels
 
         def decode(wanted: list[int], part: slice) -> None:
@@ -151,8 +161,8 @@ class FeatureArray:
     def raw(
         self, rows: np.ndarray | list[int], out: np.ndarray | None = None, pool: ThreadPoolExecutor | None = None
     ) -> np.ndarray:
-        """Reads `rows` as they are stored: int8 tokens without their scales."""
-        out = np.empty((len(rows), *self.shape), self.dtype) if out is None else out
+        """Reads `rows` as they are stored: int8 tokens without their scales. Raises ValueError for an unfit `out`."""
+        out = self._target(len(rows), self.dtype, out)
         flat = out.reshape(len(rows), -1).view(np.uint8)
 
         def read(wanted: list[int], part: slice) -> None:
@@ -160,6 +170,15 @@ class FeatureArray:
                 self._read_row(row, target)
 
         self._in_parts(rows, read, pool)
+        return out
+
+    def _target(self, rows: int, dtype: np.dtype, out: np.ndarray | None) -> np.ndarray:
+        shape = (rows, *self.shape)
+        if out is None:
+            return np.empty(shape, dtype)
+        if out.shape != shape or out.dtype != dtype or not out.flags.c_contiguous or not out.flags.writeable:
+            order = "" if out.flags.c_contiguous else ", not contiguous"
+            raise ValueError(f"{self.name}: out is {out.dtype} {out.shape}{order}; it must be {dtype} {shape}.")
         return out
 
     def _in_parts(
@@ -185,13 +204,13 @@ class FeatureArray:
         offset, size = shard.table.item(inner, 0), shard.table.item(inner, 1)
         if offset == MISSING or size != self.row_bytes + 4 or offset + size > self._commits.bytes[number]:
             raise self._damaged(number, f"row {row} is missing")
-        kept = self._cache is None or any(
-            os.pread(shard.handle, 4, offset + self.row_bytes)
-        )  # else a hole, in the cache
         try:
+            kept = self._cache is None or any(os.pread(shard.handle, 4, offset + self.row_bytes))  # else a hole
             intact = kept and shard.read(out, offset)
         except OSError as error:
-            raise self._damaged(number, f"row {row} cannot be read: {error.strerror}") from None
+            if self._cache is None:
+                raise self._damaged(number, f"row {row} cannot be read: {error.strerror}") from None
+            intact = False  # the cache's disk fails, not the store: the row is fetched
         if self._cache is not None and not intact:
             content = self._fetch(number, offset, size)
             if intact := crc32c(content[:-4]) == int.from_bytes(content[-4:], "little"):
@@ -234,7 +253,9 @@ class FeatureArray:
             shard = Shard(file)
             found, table = os.fstat(shard.handle).st_size, os.pread(shard.handle, footer, size - footer)
         except OSError as error:
-            raise self._damaged(number, f"cannot be opened: {error}") from None
+            if self._cache is None and error.errno not in OURS:
+                raise self._damaged(number, f"cannot be opened: {error.strerror}") from None
+            raise StoreError(f"{file} cannot be opened: {error.strerror}; {MEND}.") from None
         if found != size:
             raise self._damaged(number, f"{found} bytes instead of {size}")
         if crc32c(table[:-4]) != int.from_bytes(table[-4:], "little"):

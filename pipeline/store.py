@@ -237,9 +237,12 @@ class FeatureStore:
     def __init__(self, path: Path, cache: LocalCache | None = None) -> None:
         self.cache = cache or LocalCache()
         try:
-            schema = json.loads(places.read(path / "zarr.json"))["attributes"].get("xformer_schema")
+            attributes = places.read_json(path / "zarr.json").get("attributes")
         except (FileNotFoundError, NotADirectoryError):
-            raise StoreError(f"{path} is no feature store; make one with: xformer extract --store {path}") from None
+            attributes = None
+        schema = attributes.get("xformer_schema") if isinstance(attributes, dict) else None
+        if schema is None:
+            raise StoreError(f"{path} is no feature store; make one with: xformer extract --store {path}")
         if schema != SCHEMA:
             raise StoreError(f"{path} has schema {schema}; this program reads schema {SCHEMA}: upgrade xformer.")
         self.path, self.index = path, Index(path / "index", self.cache)
@@ -270,7 +273,7 @@ def array_names(store: Path) -> list[str]:
 
     def below(folder: Path) -> Iterator[str]:  # stops at an array: below it are thousands of shards
         files, folders = places.children(folder)
-        if "zarr.json" in files and json.loads(places.read(folder / "zarr.json")).get("node_type") == "array":
+        if "zarr.json" in files and places.read_json(folder / "zarr.json").get("node_type") == "array":
             yield folder.relative_to(store).as_posix()
         else:
             for name in folders:

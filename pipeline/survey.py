@@ -18,16 +18,23 @@ def survey(source: Path, image_root: Path | None, max_pixels: int, json_file: Pa
     corpus = open_corpus(source, image_root)
     counts: Counter[str] = Counter()
     dead: list[dict[str, str]] = []
-    with progress(f"reading {source}", sum(1 for _ in corpus.rows()), "images") as bar:
+    with progress(f"reading {source}", corpus.expected(), "images") as bar:
         for row in corpus.rows():
             counts["images"] += 1
             counts["captions"] += len(row.captions)
             counts[f"split {row.split or 'by hash'}"] += 1
+            reason = row.reason
             try:
                 images.decode(read_image(corpus.root, row.location), max_pixels)
-            except (images.BadImage, OSError) as error:
-                dead.append({"id": row.id, "location": row.location, "reason": str(error)})
+            except images.BadImage as error:
+                reason = reason or str(error)
+            except OSError as error:
+                reason = reason or f"cannot be read: {error.strerror}"
+            if reason:
+                dead.append({"id": row.id, "location": row.location, "reason": reason})
+            bar.total = max(bar.total, counts["images"])  # of tars it was an estimate
             bar.advance()
+        bar.total = counts["images"]
     report = {"source": str(source), "kind": corpus.kind, **counts, "dead": dead}
     table(f"{source} ({corpus.kind})", ("what", "count"), [*counts.items(), ("dead letters", len(dead))])
     for letter in dead[:SHOWN]:

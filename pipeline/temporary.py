@@ -37,7 +37,7 @@ def temporary_store(folder: Path, run: Path, wanted: set[str] | None, overrides:
             f"--images {folder}: {len(missing)} of {len(wanted or ())} pictures that are asked about are not there "
             f"(first: {', '.join(missing[:3])})."
         )
-    store = _encode(replace(corpus, rows=rows), run, overrides or [])
+    store = _encode(replace(corpus, read=rows), run, overrides or [])
     if wanted and (dead := describe(store)["dead"]):
         raise CorpusError(f"--images {folder}: {dead[0]['id']} cannot be used: {dead[0]['reason']}.")
     return store

@@ -3,8 +3,10 @@
 import hashlib
 import os
 import struct
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -14,13 +16,16 @@ import pyarrow.parquet as pq
 import zarr
 
 from pipeline.captioned import Row
-from pipeline.corpora import Corpus, read_image
+from pipeline.corpora import Corpus, hash_image
 from pipeline.index import CAPTIONS, ROWS, file_sha256
 from xformer import publish
+from xformer.console import progress
 from xformer.errors import CorpusError
 
 CAPTION_BATCH = 16384
 ROW_GROUP = 16384  # about so many rows, in whole shards: Parquet's footer lists every group
+READERS = 16  # threads that read and hash; disks and file servers answer many requests at once
+AHEAD = 8 * READERS  # images that are asked for before the one that is written
 
 
 def split_of(row: Row, val_fraction: float) -> str:
@@ -31,19 +36,32 @@ def split_of(row: Row, val_fraction: float) -> str:
     return "val" if value < val_fraction else "train"
 
 
-def clean_caption(text: str) -> str:
-    """One line without NUL or surrounding space; "" when nothing is left."""
-    return " ".join(text.replace("\0", " ").split())
+def hashed(root: Path, rows: Iterable[Row], forget: bool = False) -> Iterator[tuple[Row, bytes, int, str]]:
+    """Each row with the sha256 of its image, its bytes, and why it is unusable ("" where it is not), in order.
+
+    Several threads read ahead; what they hold is a few pieces of an image, however large or many they are.
+    """
+
+    def read(row: Row) -> tuple[bytes, int, str]:
+        try:
+            digest, size = hash_image(root, row.location, forget)
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            return hashlib.sha256().digest(), 0, row.reason or f"cannot be read: {why}"
+        return digest, size, row.reason or ("" if size else "the file is empty")
+
+    with ThreadPoolExecutor(READERS, "hash") as pool:
+        ahead = deque()
+        for row in rows:
+            ahead.append((row, pool.submit(read, row)))
+            if len(ahead) >= AHEAD:
+                first, found = ahead.popleft()
+                yield first, *found.result()
+        for row, found in ahead:
+            yield row, *found.result()
 
 
-def write_index(
-    folder: Path,
-    corpus: Corpus,
-    shard_rows: int,
-    val_fraction: float,
-    limit: int | None,
-    tick: Callable[[], None] = lambda: None,
-) -> dict:
+def write_index(folder: Path, corpus: Corpus, shard_rows: int, val_fraction: float, limit: int | None) -> dict:
     """Plans a store: reads every image's bytes once for its sha256 and fixes the row order.
 
     Returns the index's description. Raises: CorpusError for an empty corpus and for ids that stand twice (all listed).
@@ -58,21 +76,21 @@ def write_index(
             pq.ParquetWriter(temporary["rows.parquet"], ROWS, compression="zstd") as rows_file,
             pa.OSFile(str(temporary["captions.arrow"]), "wb") as sink,
             pa.ipc.new_file(sink, CAPTIONS) as captions_file,
+            progress("read and hash", corpus.expected(limit), "images") as bar,
         ):
             rows: list[dict] = []
             captions: list[dict] = []
-            for number, row in enumerate(corpus.rows()):
-                if limit is not None and number >= limit:
-                    break
+            planned = hashed(corpus.root, islice(corpus.rows(), limit))
+            for number, (row, digest, size, reason) in enumerate(planned):
                 key = int.from_bytes(hashlib.blake2b(row.id.encode(), digest_size=8).digest(), "little")
                 if key in seen:
                     doubled.append(row.id)
                 seen.add(key)
-                record, texts = _plan(row, number, corpus, val_fraction)
+                record = _record(row, number, corpus.kind, split_of(row, val_fraction), digest, size, reason)
                 rows.append(record)
-                captions += texts
+                captions += [{"row": number, "text": text} for text in row.captions]
                 counts["images"] += 1
-                counts["captions"] += len(texts)
+                counts["captions"] += len(row.captions)
                 counts["dead"] += record["status"] == "dead"
                 counts[record["split"]] += 1
                 if len(rows) == shard_rows * max(1, ROW_GROUP // shard_rows):
@@ -81,7 +99,9 @@ def write_index(
                 if len(captions) >= CAPTION_BATCH:
                     captions_file.write_table(pa.Table.from_pylist(captions, CAPTIONS))
                     captions.clear()
-                tick()
+                bar.total = max(bar.total, number + 1)  # of tars it was an estimate
+                bar.advance()
+            bar.total = counts["images"]
             if rows:
                 rows_file.write_table(pa.Table.from_pylist(rows, ROWS))
             if captions:
@@ -131,26 +151,16 @@ def _publish_hashes(folder: Path, count: int, corpus: dict) -> None:
             row += len(values)
 
 
-def _plan(row: Row, number: int, corpus: Corpus, val_fraction: float) -> tuple[dict, list[dict]]:
-    reason, content = "", b""
-    try:
-        content = read_image(corpus.root, row.location)
-        reason = "" if content else "the file is empty"
-    except OSError as error:
-        reason = f"cannot be read: {error.strerror}"
-    texts = [{"row": number, "text": text} for caption in row.captions if (text := clean_caption(caption))]
-    if row.captions and not texts:
-        reason = reason or "all its captions are blank"
-    record = {
+def _record(row: Row, number: int, source: str, split: str, digest: bytes, size: int, reason: str) -> dict:
+    return {
         "row": number,
         "id": row.id,
-        "source": corpus.kind,
+        "source": source,
         "location": row.location,
-        "sha256": hashlib.sha256(content).digest(),
-        "size": len(content),
-        "captions": len(texts),
-        "split": split_of(row, val_fraction),
+        "sha256": digest,
+        "size": size,
+        "captions": len(row.captions),
+        "split": split,
         "status": "dead" if reason else "ok",
         "reason": reason,
     }
-    return record, texts

@@ -1,18 +1,23 @@
 """Damaged stores: every flipped bit is named and repaired, and a cut shard never gives zeros."""
 
+import errno
+import os
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from pipeline import store, upkeep
+from pipeline import cache, reader, store, upkeep
 from pipeline.extract import extract_again
 from tests.faults.report import line
 from tests.pipeline.test_extract import shards
 from xformer.console import quietly
+from xformer.data import Cache
 from xformer.errors import StoreError
+from xformer.settings import Settings
 
 
 @pytest.mark.parametrize("flips", [12, pytest.param(300, marks=pytest.mark.slow)])
@@ -77,3 +82,109 @@ def test_a_flipped_bit_of_the_index_is_named(features: Path, tmp_path: Path) -> 
         file.write_bytes(content)
     assert upkeep.verify(path) == []
     line("a flipped bit of the index: named by verify", len(files), named)
+
+
+def everything(path: Path, settings: Settings) -> dict[str, Callable[[], object]]:
+    """Whatever opens a store, and what a training run reads from its index."""
+
+    def train() -> None:
+        index = Cache(path, settings, "xformer", pixels=True).store.index
+        _, captions = index.captions()
+        _ = captions[0], index.usable("train"), index.image_keys(np.array([1])), index.id_of(1), index.shard(1)
+
+    return {
+        "info": lambda: upkeep.info(path), "verify": lambda: upkeep.verify(path), "train": train,
+        "names": lambda: [store.attributes(path, name) for name in store.array_names(path)],
+    }  # fmt: skip
+
+
+def cut(part: int) -> Callable[[bytes], bytes]:
+    return lambda content: content[:part]
+
+
+CLIP = "clip/5/tokens"
+DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes | None], set[str]]] = {
+    "the store's zarr.json cut": ("zarr.json", cut(9), {"info", "verify", "train", "names"}),
+    "an array's zarr.json empty": (f"{CLIP}/zarr.json", cut(0), {"info", "verify", "train", "names"}),
+    "an array without attributes": (
+        f"{CLIP}/zarr.json", lambda c: c.replace(b'"attributes"', b'"attribute_"'), {"info", "verify", "train", "names"}
+    ),
+    "an array of another type": (
+        f"{CLIP}/zarr.json", lambda c: c.replace(b'"float16"', b'"floau16"'), {"info", "verify", "train", "names"}
+    ),
+    "index.json cut": ("index/index.json", cut(5), {"info", "verify", "train"}),
+    "index.json of another program": ("index/index.json", lambda _: b"{}", {"info", "verify", "train"}),
+    "rows.parquet removed": ("index/rows.parquet", lambda _: None, {"verify", "train"}),
+    "rows.parquet cut": ("index/rows.parquet", cut(300), {"verify", "train"}),
+    "captions.arrow removed": ("index/captions.arrow", lambda _: None, {"verify", "train"}),
+    "captions.arrow cut": ("index/captions.arrow", cut(300), {"verify", "train"}),
+    "the image hashes removed": ("index/c/0/0", lambda _: None, {"verify", "train"}),
+    "the image hashes cut": ("index/c/0/0", cut(0), {"verify", "train"}),
+    "how it was made, cut": ("index/made-clip.json", cut(1), {"info"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DAMAGE)
+def test_a_damaged_file_of_a_store_is_one_sentence_that_names_it(
+    features: Path, settings: Settings, tmp_path: Path, what: str
+) -> None:
+    name, damage, who = DAMAGE[what]
+    path = Path(shutil.copytree(features, tmp_path / "s.zarr"))
+    content = damage((path / name).read_bytes())
+    (path / name).unlink() if content is None else (path / name).write_bytes(content)
+    told = set()
+    for command, run in everything(path, settings).items():
+        try:
+            run()
+        except StoreError as error:
+            assert name in str(error) and "\n" not in str(error), error
+            told.add(command)
+    assert told == who
+    line(f"{what}: one sentence that names the file", len(who), len(told))
+
+
+def test_another_zarr_group_is_no_feature_store(tmp_path: Path) -> None:
+    for text in ('{"zarr_format": 3, "node_type": "group"}', '{"node_type": "group", "attributes": {"theirs": 1}}'):
+        (tmp_path / "zarr.json").write_text(text)
+        with pytest.raises(StoreError, match="is no feature store; make one with"):
+            store.FeatureStore(tmp_path)
+
+
+def test_verify_goes_on_after_a_shard_that_the_disk_does_not_give(features: Path, tmp_path: Path) -> None:
+    path = Path(shutil.copytree(features, tmp_path / "s.zarr"))
+    files = [store.shard_file(path, CLIP, shard, 3) for shard in (1, 3)]
+    files[0].unlink()
+    files[0].mkdir()  # reading it fails, and not because it is missing
+    files[1].write_bytes(b"")
+    assert [problem.partition(":")[0] for problem in upkeep.verify(path)] == [str(file) for file in files]
+
+
+def test_rows_are_never_delivered_into_memory_that_does_not_fit(features: Path) -> None:
+    array = store.FeatureStore(features).array(CLIP)
+    wide = np.zeros((2, array.shape[0] * 2, array.shape[1]), np.float16)
+    unfit = wide[:, ::2], np.zeros((2, *array.shape), np.float32), np.zeros((3, *array.shape), np.float16)
+    for out in unfit:
+        with pytest.raises(ValueError, match=rf"{CLIP}: out is .*; it must be float16 \(2, "):
+            array.read([1, 2], out)
+    assert array.read([1, 2], np.zeros((2, *array.shape), np.float16)).any()
+
+
+def test_a_problem_of_this_machine_is_not_told_as_damage_of_the_store(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    here = cache.LocalCache(tmp_path / "file")  # a folder that cannot be made
+    monkeypatch.setattr(cache.objects, "read", lambda _: b"")
+    empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+    with pytest.raises(StoreError, match=f"the local cache {tmp_path / 'file'} cannot be used: Not a directory"):
+        here.shard(Path("s3:/bucket/s.zarr/c/0"), 0, empty, 0)
+    with pytest.raises(StoreError, match="the local cache .* cannot be used"):
+        here.file(Path("s3:/bucket/s.zarr/index/rows.parquet"), empty)
+    array = store.FeatureStore(features).array(CLIP)
+
+    def refuse(*_: object) -> int:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(reader.os, "open", refuse)
+    with pytest.raises(StoreError, match="Too many open files; the store itself is not damaged"):
+        array.read([1])

@@ -4,6 +4,7 @@ import io
 import json
 import struct
 import tarfile
+import threading
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,8 +13,10 @@ import pytest
 from PIL import Image
 
 from pipeline import tars
+from pipeline.captioned import Row
 from pipeline.corpora import open_corpus, read_image
 from pipeline.extract import extract
+from pipeline.write_index import AHEAD, hashed, write_index
 from tests.conftest import SHARED
 from tests.pipeline.test_extract import shards
 from xformer.errors import CorpusError
@@ -120,6 +123,104 @@ def test_a_tar_cut_anywhere_is_an_error_and_never_fewer_samples(tmp_path: Path) 
             list(tars.members(tmp_path / "a.tar"))
 
 
+def test_concatenated_tars_are_read_on_and_an_end_that_is_none_is_an_error(tmp_path: Path) -> None:
+    parts = [img2dataset(tmp_path / f"{i}.tar", 3 * i, 3).read_bytes() for i in range(2)]
+    data = parts[0].rstrip(b"\0")
+    data += bytes(-len(data) % 512)
+    record = data + bytes((1 << 16) - (len(data) + 1024) % (1 << 16) + 1024)  # as tar -b 128 ends it
+    file = tmp_path / "a.tar"
+    first, second = ([m.name for m in tars.members(tmp_path / f"{i}.tar")] for i in range(2))
+    good = {b"".join(parts): first + second, parts[0] * 3: first * 3, data + bytes(512): first, record: first}
+    for content, names in good.items():
+        file.write_bytes(content)
+        found = list(tars.members(file))
+        assert [member.name for member in found] == names
+        assert all(content[m.offset :].startswith(b"\x89PNG") for m in found if m.name.endswith(".png"))
+    bad = {
+        "a lone block of zeros": data + bytes(512) + parts[1],
+        "which no tar ends with": data + bytes(20_000),
+        "bytes of zeros or more": data + bytes(3 << 20) + parts[1],
+        "is no number": parts[0] + b"x" * 512,
+        "cut off": data + bytes(1024) + b"x" * 100,
+    }
+    for words, content in bad.items():
+        file.write_bytes(content)
+        with pytest.raises(CorpusError, match=f"{file}.*{words}"):
+            list(tars.members(file))
+
+
+def test_a_tar_whose_end_is_zeros_holds_fewer_pictures_than_img2dataset_says(tmp_path: Path) -> None:
+    whole = img2dataset(tmp_path / "00000.tar", 0, 3).read_bytes()
+    (tmp_path / "00000_stats.json").write_text(json.dumps({"count": 5, "successes": 3}))
+    assert len(list(open_corpus(tmp_path).rows())) == 3
+    (tmp_path / "00000.tar").write_bytes(whole[:2048] + bytes(len(whole) - 2048))
+    with pytest.raises(CorpusError, match="00000.tar: holds 1 pictures, its _stats.json says 3"):
+        list(open_corpus(tmp_path).rows())
+
+
+def test_one_bad_caption_in_a_tar_is_one_dead_letter(tmp_path: Path) -> None:
+    captions = {"a.json": b"{", "b.txt": b"\xff\xfe", "c.json": b'{"caption": 5}', "d.txt": b"x" * (2 << 20),
+                "e.json": b"[1]", "f.json": b'{"caption": "cut \\ud83d"}', "g.txt": b"whole"}  # fmt: skip
+    with tarfile.open(tmp_path / "A.TAR", "w", encoding="utf-8", errors="surrogateescape") as tar:
+        for name, text in captions.items():
+            add(tar, f"{name[0]}.png", picture(1))
+            add(tar, name, text)
+        add(tar, "\udcff.png", picture(2))
+    corpus = open_corpus(tmp_path)
+    rows = list(corpus.rows())
+    assert [row.reason[:8] for row in rows] == [
+        "its .jso", "its .txt", "the capt", "its .txt", "its .jso", "", "", "its file"
+    ]  # fmt: skip
+    assert [row.captions for row in rows[5:7]] == [("cut",), ("whole",)] and rows[-1].id == r"\udcff.png"
+    assert read_image(corpus.root, rows[0].location) == picture(1)  # of a tar in capital letters
+    index = write_index(tmp_path / "s.zarr/index", corpus, 100, 0.1, None)
+    assert (index["images"], index["dead"], index["captions"]) == (8, 6, 2)
+
+
+def test_parquet_lists_are_several_captions_and_a_missing_path_names_its_row(tmp_path: Path) -> None:
+    def rows(images: list, captions: list) -> list:
+        pq.write_table(pa.table({"image": images, "caption": captions}), tmp_path / "t.parquet")
+        return [(row.location, row.captions) for row in open_corpus(tmp_path / "t.parquet").rows()]
+
+    assert rows(["1.jpg", "2.jpg", "3.jpg"], [["a cat", "a dog", None], None, []]) == [
+        ("1.jpg", ("a cat", "a dog")), ("2.jpg", ()), ("3.jpg", ())
+    ]  # fmt: skip
+    with pytest.raises(CorpusError, match="row 1: its image path"):
+        rows(["1.jpg", None], ["a", "b"])
+    with pytest.raises(CorpusError, match="row 0: its caption"):
+        rows(["1.jpg"], [[3]])
+
+
+def test_a_folder_of_pictures_and_tars_is_ambiguous(tmp_path: Path) -> None:
+    img2dataset(tmp_path / "x.tar", 0, 1)
+    (tmp_path / "a.png").write_bytes(picture(1))
+    with pytest.raises(CorpusError, match="1 tars and 1 pictures"):
+        open_corpus(tmp_path)
+    assert len(list(open_corpus(tmp_path / "*.tar").rows())) == 1
+
+
+def test_pictures_are_hashed_by_several_threads_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting, seen, asked = threading.Barrier(4), set(), []
+
+    def slow(root: Path, location: str, forget: bool) -> tuple[bytes, int]:
+        if int(location) < 4:
+            waiting.wait(30)  # four at once, or it never goes on
+        seen.add(threading.get_ident())
+        return location.zfill(32).encode(), 1
+
+    def rows():
+        for i in range(1000):
+            asked.append(i)
+            yield Row(str(i), str(i), ())
+
+    monkeypatch.setattr("pipeline.write_index.hash_image", slow)
+    most = 0
+    for number, (row, digest, size, reason) in enumerate(hashed(tmp_path, rows())):
+        assert (int(row.id), int(digest), size, reason) == (number, number, 1, "")
+        most = max(most, len(asked) - number)
+    assert number == 999 and len(seen) >= 4 and most <= AHEAD
+
+
 def test_tables_and_visual_genome_give_the_same_rows(tmp_path: Path) -> None:
     (tmp_path / "VG_100K_2").mkdir()
     for i in (1, 2):
@@ -146,7 +247,7 @@ def test_damaged_tables_and_lists_are_one_sentence(tmp_path: Path) -> None:
         "cells.csv": ("image,caption\na.jpg\n", "1 cells"),
         "out.tsv": ("image\tcaption\n../a.jpg\tx\n", "leads out"),
         "huge.csv": ("image,caption\na.jpg," + "x" * 2_000_000 + "\n", "field"),
-        "no.parquet": ("text", "not a Parquet"),
+        "no.parquet": ("text", "as Parquet"),
         "cut.json": ('[{"id": 1, "regions": []}, {"id": 2', "cut-off"),
         "deep.json": ("[" * 200_000, "damaged"),
         "other.json": ('[{"x": 1}]', "Visual Genome"),

@@ -1,6 +1,7 @@
 """Every kind of image has a defined conversion; what cannot be read has a reason."""
 
 import io
+import random
 import struct
 import zlib
 
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.images import BadImage, decode, evaluation_view, normalise
+from pipeline.images import FORMATS, BadImage, decode, evaluation_view, normalise, view
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -47,6 +48,40 @@ def test_the_first_frame_of_an_animation() -> None:
 def test_broken_files_have_a_reason(content: bytes) -> None:
     with pytest.raises(BadImage, match=r"\w+"):
         decode(content, 10**6)
+
+
+@pytest.mark.filterwarnings("ignore")  # of Pillow, about the damage
+@pytest.mark.parametrize("kind", FORMATS)
+def test_damaged_pictures_of_every_format_are_pictures_or_bad_ones_and_raise_nothing_else(kind: str) -> None:
+    draw = random.Random(kind)
+    noise = np.random.default_rng(0).integers(0, 255, (24, 32, 3)).astype(np.uint8)
+    whole, refused = encoded(Image.fromarray(noise), kind), 0
+    assert decode(whole, 10**6).size == (32, 24)
+    for _ in range(150):
+        content = bytearray(whole)
+        for _ in range(draw.choice([1, 4, 16])):
+            content[draw.randrange(min(len(content), draw.choice([64, 400, 10**6])))] = draw.randrange(256)
+        try:
+            picture = decode(bytes(content[: draw.choice([len(content), draw.randrange(1, len(content))])]), 10**6)
+        except BadImage as error:
+            refused += bool(str(error))
+        else:
+            assert view(picture, 16, 1, 0, "x").shape == (3, 16, 16)
+    assert refused > 20
+
+
+@pytest.mark.parametrize("kind", ["ICO", "EPS", "ICNS", "TGA", "DDS", "SPIDER"])
+def test_formats_that_start_programs_hide_pictures_or_are_rare_are_not_read(kind: str) -> None:
+    mode = "F" if kind == "SPIDER" else "RGB"
+    with pytest.raises(BadImage, match="not a picture that is read here"):
+        decode(encoded(Image.new(mode, (32, 32)), kind), 10**6)
+
+
+def test_a_decoder_that_runs_into_the_unexpected_is_a_bad_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    for error in (RuntimeError("Failed to decode image"), NotImplementedError(), AttributeError("x"), MemoryError()):
+        monkeypatch.setattr("PIL.ImageFile.ImageFile.load", lambda _, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(BadImage, match="cannot be decoded: (Failed|[A-Z]|x)"):
+            decode(encoded(Image.new("RGB", (4, 4)), "BMP"), 10**6)
 
 
 def test_a_bomb_is_refused_from_its_header() -> None:
