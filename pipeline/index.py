@@ -158,7 +158,7 @@ class Index:
                 for at in np.flatnonzero(rows // HASHES == part).tolist():
                     key = os.pread(file.fileno(), 8, int(rows[at]) % HASHES * 32)
                     if len(key) < 8:
-                        raise ValueError(f"it ends before row {rows[at]}")
+                        raise ValueError(f"it is cut off before row {rows[at]}")
                     found[at] = int.from_bytes(key, "little", signed=True)
         return found
 
