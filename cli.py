@@ -66,6 +66,10 @@ Set = Annotated[list[str] | None, typer.Option("--set", help="key=value, e.g. tr
 Seed = Annotated[int | None, typer.Option(help="Replaces the settings' seed.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Only errors and results as JSON.")]
 Store = Annotated[Path, typer.Option(help="The feature store.")]
+Pictures = Annotated[Path | None, typer.Option(help="Where the pictures lie now; left out, where they lay.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Dask worker processes on this machine.")]
+Gpus = Annotated[bool, typer.Option("--gpus", help="Each worker uses one CUDA device.")]
+Scheduler = Annotated[str | None, typer.Option(help="Address of a running Dask scheduler.")]
 
 
 def _settings(preset: str, config: Path | None, overrides: list[str] | None, seed: int | None, quiet: bool):
@@ -170,9 +174,9 @@ def extract(
     ] = False,
     shard_rows: Annotated[int | None, typer.Option(min=1, help="Images per shard: one unit of work.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first N images of the corpus.")] = None,
-    workers: Annotated[int | None, typer.Option(min=1, help="Dask worker processes on this machine.")] = None,
-    gpus: Annotated[bool, typer.Option("--gpus", help="Each worker uses one CUDA device.")] = False,
-    scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask scheduler.")] = None,
+    workers: Workers = None,
+    gpus: Gpus = False,
+    scheduler: Scheduler = None,
     weights: Annotated[str | None, typer.Option(help="Folder, embedded:NAME, or hub:OWNER/NAME@REVISION.")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the report here.")] = None,
     preset: Preset = "tiny",
@@ -265,32 +269,51 @@ def store_info(
 @store_app.command("verify")
 def store_verify(
     store: Annotated[Path, typer.Argument()],
-    repair: Annotated[bool, typer.Option("--repair", help="Redo exactly the damaged shards.")] = False,
+    repair: Annotated[bool, typer.Option("--repair", help="Make exactly the damaged shards again.")] = False,
+    source: Annotated[bool, typer.Option("--source", help="Compare the pictures with the index instead.")] = False,
+    images: Pictures = None,
+    workers: Workers = None,
+    gpus: Gpus = False,
+    scheduler: Scheduler = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Compare every byte of every committed shard with its record."""
+    """Compare every byte of every committed shard with its record.
+
+    --repair makes shards again from the pictures; until then their old commits stay. Nothing else is touched.
+    """
     _settings("tiny", None, None, None, quiet)
+    from pipeline import upkeep
     from pipeline.places import shown
-    from pipeline.upkeep import verify
     from xformer import publish
     from xformer.console import say
     from xformer.errors import StoreError
 
-    problems, repaired, name = verify(store, repair), [], shown(store)
-    if problems and repair:
-        from pipeline.extract import extract_again
+    if repair and source:
+        raise UserError("verify: --repair mends shards and --source looks at pictures; give one of them.")
+    name, what, repaired = shown(store), "damaged", []
+    if source:
+        problems, what = upkeep.changed(store, images), "changed"
+    elif repair:
+        from pipeline.redo import repair as run
 
-        extract_again(store)
-        repaired, problems = problems, verify(store)
-        say(f"{name}: {len(repaired)} damaged shards made again")
+        repaired, problems = run(store, images, workers=workers, gpus=gpus, scheduler=scheduler)
+    else:
+        problems = upkeep.verify(store)
     for problem in problems:
         print(problem, file=sys.stderr)
     if json_file:
-        publish.write_json(json_file, {"store": name, "damaged": problems, "repaired": repaired})
+        publish.write_json(json_file, {"store": name, what: problems, "repaired": repaired})
+    if problems and source:
+        raise StoreError(f"{len(problems)} pictures of {name} are not those that were planned; give them a new store.")
     if problems:
-        raise StoreError(f"{len(problems)} shards of {name} are damaged; run: xformer store verify {name} --repair")
-    say(f"{name}: every committed shard is intact")
+        again = "what remains is said above" if repair else f"run: xformer store verify {name} --repair"
+        raise StoreError(f"{len(problems)} parts of {name} are damaged; {again}.")
+    for line in repaired:
+        say(f"made again: {line}")
+    say(f"{name}: " + ("every picture is the one that was planned" if source else "every committed shard is intact"))
+    for line in [] if source else upkeep.unfinished(store):
+        say(f"{line}; run the same extraction again to finish it")
 
 
 @store_app.command("show")
@@ -331,22 +354,30 @@ def store_fidelity(
 @store_app.command("retry")
 def store_retry(
     store: Annotated[Path, typer.Argument()],
+    images: Pictures = None,
+    workers: Workers = None,
+    gpus: Gpus = False,
+    scheduler: Scheduler = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
     quiet: Quiet = False,
 ) -> None:
-    """Try the images again that became dead letters during extraction."""
+    """Try dead letters again whose picture can be read by now; only their shards are made again.
+
+    A row is fixed by its picture's sha256: what was unusable at planning or has changed since stays dead.
+    """
     _settings("tiny", None, None, None, quiet)
-    from pipeline.extract import extract_again
     from pipeline.places import shown
-    from pipeline.upkeep import withdraw_dead
+    from pipeline.redo import retry
     from xformer import publish
     from xformer.console import say
 
-    tried, kinds = withdraw_dead(store)
-    left = extract_again(store, kinds)
-    say(f"{shown(store)}: {tried} rows tried again, {left} dead letters left")
+    done = retry(store, images, workers=workers, gpus=gpus, scheduler=scheduler)
+    say(
+        f"{shown(store)}: {done['looked at']} dead rows looked at, {done['tried']} tried again, {done['dead']} dead "
+        "letters left" + ("; mended pictures belong into a new store" if done["dead"] else "")
+    )
     if json_file:
-        publish.write_json(json_file, {"store": shown(store), "tried": tried, "dead": left})
+        publish.write_json(json_file, {"store": shown(store), **done})
 
 
 @store_app.command("merge")

@@ -59,7 +59,7 @@ def declared(corpus: Any, path: Path, settings: Any) -> tuple[Any, Any]:
 
     index = plan_index(path, corpus, settings, None)
     specs = wanted("clip", settings, False)
-    declare(path, index, "clip", specs, settings, corpus.root, False)
+    declare(path, index, specs, settings, corpus, False)
     job = cluster.Job(str(path), settings.model_dump_json(), str(corpus.root), False)
     return job, {shard: (list(specs), []) for shard in range(index.shards)}
 

@@ -28,6 +28,7 @@ class Job:
     settings_json: str
     root: str
     gpus: bool
+    redo: bool = False  # the shards are committed, and are made again
 
 
 def run_here(job: Job, todo: Todo, workers: int, scheduler: str | None) -> Iterator[dict]:
@@ -38,7 +39,7 @@ def run_here(job: Job, todo: Todo, workers: int, scheduler: str | None) -> Itera
             while True:
                 while len(waiting) < IN_FLIGHT and (item := next(left, None)) is not None:
                     shard, (names, known) = item
-                    task = (job.store, shard, names, known, job.settings_json, job.root, 0, job.gpus)
+                    task = (job.store, shard, names, known, job.settings_json, job.root, 0, job.gpus, job.redo)
                     waiting.append(pool.submit(encode_shard, *task))
                 if not waiting:
                     return
@@ -104,7 +105,7 @@ def run_on_dask(job: Job, todo: Todo, workers: int, scheduler: str | None) -> It
             waiting, shard_of = iter(todo), {}
 
             def submit(shard: int):
-                task = (job.store, shard, *todo[shard], job.settings_json, job.root, threads, job.gpus)
+                task = (job.store, shard, *todo[shard], job.settings_json, job.root, threads, job.gpus, job.redo)
                 future = client.submit(encode_shard, *task, pure=False)
                 shard_of[future.key] = shard
                 return future

@@ -1,19 +1,21 @@
 """Commit records: what makes a shard readable. One file per shard while an array is filled, one sealed file afterwards.
 
 A finished array's records are folded into commits/sealed.parquet, because nine mask draws of 14 million images would
-otherwise leave 300,000 small files; a reader takes only the columns that it needs. A loose record counts beside a sealed
-one; both say the same.
+otherwise leave 300,000 small files; a reader takes only the columns that it needs. A loose record that stands beside a
+sealed one is the newer: a shard was made again. Whatever is damaged is found: a loose record carries a hash of itself, and
+so does the sealed file, of which there is a copy (sealed.copy.parquet, written first) from which verify restores it.
 """
 
+import hashlib
 import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import places
@@ -32,7 +34,8 @@ RECORDS = pa.schema(
         ("dead", pa.list_(LETTER)),
     ]
 )
-SEALED = "sealed.parquet"
+SEALED, COPY = "sealed.parquet", "sealed.copy.parquet"
+MARK, BLANK = b"sha256-of-this-file-with-zeros-here:", b"0" * 64
 AT_ONCE = 16  # loose records that are read from an object store at once
 
 
@@ -40,40 +43,95 @@ def commit_file(store: Path, name: str, shard: int) -> Path:
     return store / name / "commits" / f"{shard}.json"
 
 
+def publish(store: Path, name: str, record: dict, exclusive: bool = True) -> bool:
+    """Writes a loose record; returns False where there is one already and it must be `exclusive`."""
+    file = commit_file(store, name, record["shard"])
+    content = (json.dumps(record | {"check": _check(record)}) + "\n").encode()
+    if exclusive:
+        return places.write_exclusive(file, content)
+    places.write(file, content)
+    return True
+
+
+def exists(store: Path, name: str, shard: int) -> bool:
+    """Whether a shard is committed. Only finished arrays are sealed, and a sealed array stays finished."""
+    return any(map(places.exists, (commit_file(store, name, shard), store / name / "commits" / SEALED)))
+
+
+def _check(record: dict) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _parsed(store: Path, file: Path) -> dict:
+    try:
+        record = json.loads(places.read(file))
+        if record.pop("check") == _check(record) and file.stem == str(record["shard"]):
+            return record
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        pass
+    raise StoreError(f"{file}: damaged commit record; run: xformer store verify {store} --repair")
+
+
 def _loose_files(store: Path, name: str) -> list[Path]:
     folder = store / name / "commits"
     return [folder / file for file in places.children(folder)[0] if file[:-5].isdigit() and file.endswith(".json")]
 
 
-def _loose(store: Path, name: str) -> list[dict]:
+def _loose(store: Path, name: str, damaged: list[Path] | None = None) -> list[dict]:
     def parse(file: Path) -> dict | None:
         try:
-            return json.loads(places.read(file))
+            return _parsed(store, file)
         except FileNotFoundError:
             return None  # sealed since it was listed; the sealed file is read after the loose ones
-        except ValueError as error:
-            raise StoreError(f"{file}: damaged commit record ({error}); remove it and extract again.") from None
+        except StoreError:
+            if damaged is None:
+                raise
+            damaged.append(file)
+            return None
 
     files = _loose_files(store, name)
     with ThreadPoolExecutor(AT_ONCE if places.is_object(store) else 1) as pool:
         return [record for record in pool.map(parse, files) if record is not None]
 
 
+def _intact(content: bytes) -> bool:
+    at = content.rfind(MARK) + len(MARK)
+    digest = hashlib.sha256(content[:at])
+    digest.update(BLANK + content[at + len(BLANK) :])
+    return content[at : at + len(BLANK)] == digest.hexdigest().encode()
+
+
 def _sealed(store: Path, name: str, columns: list[str] | None = None) -> pa.Table:
-    file = store / name / "commits" / SEALED
-    try:
-        return pq.read_table(io.BytesIO(places.read(file)), columns=columns)
-    except FileNotFoundError:
-        return RECORDS.empty_table()
-    except (pa.ArrowInvalid, OSError) as error:
-        what = " ".join(str(error).split())
-        raise StoreError(f"{file}: damaged commit records ({what}); remove it and extract again.") from None
+    for part in (SEALED, COPY):  # the copy alone: sealing was killed between the two, or the file was removed
+        try:
+            content = places.read(store / name / "commits" / part)
+        except FileNotFoundError:
+            continue
+        if not _intact(content):
+            file = store / name / "commits" / part
+            raise StoreError(f"{file}: damaged commit records; run: xformer store verify {store} --repair")
+        return pq.read_table(io.BytesIO(content), columns=columns)
+    return RECORDS.empty_table()
 
 
-def committed(store: Path, name: str) -> dict[int, dict]:
-    """The commit records of an array by shard. Raises StoreError for a damaged one."""
-    loose = _loose(store, name)
+def committed(store: Path, name: str, damaged: list[Path] | None = None) -> dict[int, dict]:
+    """The commit records of an array by shard.
+
+    Raises StoreError for a damaged one; `damaged` takes the files of damaged loose ones instead.
+    """
+    loose = _loose(store, name, damaged)
     return {record["shard"]: record for record in [*_sealed(store, name).to_pylist(), *loose]}
+
+
+def record(store: Path, name: str, shard: int) -> dict:
+    """One commit record; {} where there is none, or none that can be read."""
+    try:
+        return _parsed(store, commit_file(store, name, shard))
+    except StoreError:
+        return {}
+    except FileNotFoundError:
+        table = _sealed(store, name)
+        return next(iter(table.filter(pc.field("shard") == shard).to_pylist()), {})
 
 
 @dataclass
@@ -90,9 +148,12 @@ class Committed:
 
 
 def summary(store: Path, name: str, shards: int) -> Committed:
+    """Raises StoreError for a damaged record, and for one of a shard that the array does not have."""
     loose = _loose(store, name)
-    table = _sealed(store, name, ["shard", "bytes", "sha256", "fingerprint", "dead"])
+    table = _older(_sealed(store, name, ["shard", "bytes", "sha256", "fingerprint", "dead"]), loose)
     numbers, letters = table["shard"].to_numpy(), table["dead"].combine_chunks().flatten()
+    if odd := [number for number in [*numbers.tolist(), *(r["shard"] for r in loose)] if not 0 <= number < shards]:
+        raise StoreError(f"{store}: {name} has a commit record of shard {odd[0]}, but only {shards} shards.")
     found = Committed(
         np.full(shards, -1, np.int64),
         np.zeros(shards, "S64"),
@@ -108,16 +169,27 @@ def summary(store: Path, name: str, shards: int) -> Committed:
     return found
 
 
+def _older(table: pa.Table, loose: list[dict]) -> pa.Table:
+    """The sealed records that no loose one replaces."""
+    return table.filter(~pc.field("shard").isin([record["shard"] for record in loose])) if loose else table
+
+
 def reasons(store: Path, name: str) -> dict[int, str]:
     """Why each dead row of an array is dead."""
-    parts = [*_sealed(store, name, ["dead"]).to_pylist(), *_loose(store, name)]
+    loose = _loose(store, name)
+    parts = [*_older(_sealed(store, name, ["shard", "dead"]), loose).to_pylist(), *loose]
     return {letter["row"]: letter["reason"] for part in parts for letter in part["dead"]}
 
 
 def _write(store: Path, name: str, records: dict[int, dict]) -> None:
     table, content = pa.Table.from_pylist([records[shard] for shard in sorted(records)], RECORDS), io.BytesIO()
-    pq.write_table(table, content, compression="zstd")
-    places.write(store / name / "commits" / SEALED, content.getvalue())
+    with pq.ParquetWriter(content, RECORDS, compression="zstd") as file:
+        file.write_table(table)
+        file.add_key_value_metadata({"check": (MARK + BLANK).decode()})
+    whole = content.getvalue()
+    at, digest = whole.rindex(MARK) + len(MARK), hashlib.sha256(whole).hexdigest().encode()
+    for part in (COPY, SEALED):
+        places.write(store / name / "commits" / part, whole[:at] + digest + whole[at + len(BLANK) :])
 
 
 def seal(store: Path, name: str, shards: int) -> bool:
@@ -125,7 +197,7 @@ def seal(store: Path, name: str, shards: int) -> bool:
     loose = _loose_files(store, name)
     if not loose:
         return places.exists(store / name / "commits" / SEALED)
-    records: dict[int, Any] = committed(store, name)
+    records = committed(store, name)
     if len(records) < shards:
         return False
     _write(store, name, records)
@@ -134,10 +206,27 @@ def seal(store: Path, name: str, shards: int) -> bool:
     return True
 
 
-def withdraw(store: Path, name: str, shards: set[int]) -> None:
-    """Takes back the commits of some shards: they are not readable any more and the next extraction makes them again."""
-    if places.exists(store / name / "commits" / SEALED):
-        records = committed(store, name)
-        _write(store, name, {shard: record for shard, record in records.items() if shard not in shards})
-    for shard in shards:
-        places.remove(commit_file(store, name, shard))
+def mend(store: Path, name: str, write: bool) -> list[str]:
+    """What is wrong with the sealed records and their copy, one line each; with `write` the one restores the other."""
+    found: dict[Path, bytes | None] = {}
+    for file in (store / name / "commits" / part for part in (SEALED, COPY)):
+        try:
+            content = places.read(file)
+            found[file] = content if _intact(content) else b""
+        except FileNotFoundError:
+            found[file] = None
+        except OSError:
+            found[file] = b""
+    good = next(filter(None, found.values()), None)
+    sealing = bool(_loose_files(store, name))  # it may have been interrupted: one is not there yet, or the older one
+    wrong = [file for file, content in found.items() if content != good and not (sealing and content != b"")]
+    if wrong and good is None:
+        return [
+            f"{places.shown(wrong[0])}: the commit records and their copy are damaged, so {name} can be neither read nor "
+            f"checked; restore one of both, or run: xformer store gc {places.shown(store)} --drop {name}, and extract it "
+            "again"
+        ]
+    if write and good:
+        for file in wrong:
+            places.write(file, good)
+    return [f"{places.shown(file)}: damaged or removed; the other copy of it is whole" for file in wrong]

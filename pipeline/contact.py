@@ -45,7 +45,7 @@ def contact_sheet(path: Path, ids: list[str], count: int, out: Path) -> list[str
     figure, axes = plt.subplots(
         len(rows), 1 + len(arrays), figsize=(1.9 * (1 + len(arrays)), 2.1 * len(rows)), squeeze=False
     )
-    made, shown = next(iter(provenance.read(path).values()), {}), []
+    made, shown = provenance.read(path, next(iter(arrays))), []
     for line, row in zip(axes, rows, strict=True):
         shard, inner = divmod(int(row), opened.index.shard_rows)
         record = opened.index.shard(shard)[inner]
@@ -76,8 +76,6 @@ def _pixels(opened: FeatureStore, view: int, row: int) -> np.ndarray | None:
 
 def _decoded(made: dict[str, Any], record: dict) -> np.ndarray | str:
     """The picture of a row from its source, uint8 [S, S, 3], or why there is none."""
-    if not made:
-        return "no picture: the store does not say where its source is"
     try:
         content, settings = read_image(Path(made["images"]), record["location"]), made["settings"]
         if hashlib.sha256(content).digest() != record["sha256"]:

@@ -7,19 +7,20 @@ import hashlib
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline import images, int8, masks, places, store
+from pipeline import commits, images, int8, masks, places, store
 from pipeline.corpora import read_image
 from pipeline.index import Index
 from xformer.settings import Settings
 
 FP16_MAX = float(np.finfo(np.float16).max)
+CRASHES = "its image crashes the process that decodes or encodes it"
 _forward = threading.RLock()
 
 
@@ -71,16 +72,20 @@ def encode_shard(
     root: str,
     threads: int,
     gpus: bool,
+    redo: bool = False,
     only: list[int] | None = None,
 ) -> dict[str, Any]:
     """Encodes and commits one shard of the named arrays; runs in a worker.
 
     Args:
         known: dead letters that arrays of the same pass hold already for this shard, so that all arrays agree.
+        redo: the shard is committed and is made again. An array in which a picture would die that is alive is left as
+            it is; any other keeps its commit record until the new bytes are there.
         only: encode only these rows and commit nothing; used to find an image that crashes the process.
 
-    Returns: its number, rows, dead letters, seconds in all and inside the encoders, and when it ended: by the machine's
-    clock, which all processes share, and by the processor seconds of this one.
+    Returns: its number, rows, dead letters, arrays that were left with the reason, seconds in all and inside the
+    encoders, and when it ended: by the machine's clock, which all processes share, and by the processor seconds of this
+    one.
     """
     import torch
 
@@ -95,15 +100,19 @@ def encode_shard(
     ids = [record["id"] for record in records]
     dead = {row - start: reason for row, reason in crashed(where).items() if start <= row < start + len(records)}
     dead |= {d["row"] - start: d["reason"] for d in known}
+    old = {name: commits.record(where, name, shard) for name in names} if redo else {}
+    left: dict[str, str] = {}
     views = sorted({view_of(name, settings.store.views) for name in names})
     pixels = decode(records, Path(root), settings, views, dead, only, start)
     alive = np.array([i for i in range(len(records)) if i not in dead], np.int64)
+    names = _spared(names, old, left, dead, start, ids)
     with _forward:
         started = time.perf_counter()
         blocks = dict(encode(settings, settings_json, pixels, alive, ids, names, gpus, dead))
         forward = time.perf_counter() - started
-    result = {"shard": shard, "rows": len(records), "dead": [], "forward": forward}
-    if only is None:
+    names = _spared(names, old, left, dead, start, ids)
+    result = {"shard": shard, "rows": len(records), "dead": [], "left": left, "forward": forward}
+    if only is None and names:
         letters = [
             {"row": start + i, "id": ids[i], "source": records[i]["source"], "reason": dead[i]} for i in sorted(dead)
         ]
@@ -112,10 +121,29 @@ def encode_shard(
                 continue
             for part, block in _stored(where, name, blocks.pop(name), dead):
                 if part in names:
-                    store.write_shard(where, part, index, shard, block, ids, letters, forward / len(names))
+                    seconds = forward / len(names)
+                    store.write_shard(where, part, index, shard, block, ids, letters, seconds, old.get(part))
         result["dead"] = letters
     ended = time.perf_counter()
     return result | {"seconds": ended - began, "ended": ended, "processor": time.process_time()}
+
+
+def _spared(names: list[str], old: dict, left: dict[str, str], dead: dict, start: int, ids: list[str]) -> list[str]:
+    """The arrays in which nothing dies that their old commit record has alive; the others go into `left`."""
+    for name in names:
+        if was := old.get(name):
+            lost = sorted(set(dead) - {letter["row"] - start for letter in was["dead"]})
+            if lost:
+                left.setdefault(name, f"{ids[lost[0]]}: {dead[lost[0]]}")
+    return [name for name in names if name not in left]
+
+
+def planned_image(root: Path, record: dict) -> bytes:
+    """The bytes of an image as they were planned. Raises OSError, or BadImage where they are others now."""
+    content = read_image(root, record["location"])
+    if hashlib.sha256(content).digest() != record["sha256"]:
+        raise images.BadImage("the file has changed since the store was planned")
+    return content
 
 
 def decode(
@@ -139,10 +167,7 @@ def decode(
             dead[i] = record["reason"]
         else:
             try:
-                content = read_image(root, record["location"])
-                if hashlib.sha256(content).digest() != record["sha256"]:
-                    raise images.BadImage("the file has changed since the store was planned")
-                image = images.decode(content, settings.corpus.max_image_pixels)
+                image = images.decode(planned_image(root, record), settings.corpus.max_image_pixels)
                 for view in views:
                     made = images.view(image, side, view, seed, record["id"])
                     pixels[view][i] = made
@@ -213,8 +238,8 @@ def _stored(where: Path, name: str, block: np.ndarray, dead: dict) -> Iterator[t
     block[gone] = 0
     tokens, scale = int8.quantise(block, np.array(channels, np.float32))
     scale[gone] = np.nan
+    yield f"{name.rpartition('/')[0]}/scale", scale  # first: where tokens are committed, their scales are
     yield name, tokens
-    yield f"{name.rpartition('/')[0]}/scale", scale
 
 
 def _batches(rows: np.ndarray, size: int) -> Iterator[np.ndarray]:
@@ -228,7 +253,7 @@ def find_crashers(path: str, shard: int, args: tuple, rows: list[int]) -> list[i
 
     names, settings_json, root = args  # of one shard
     child = multiprocessing.get_context("spawn").Process(
-        target=encode_shard, args=(path, shard, names, [], settings_json, root, 1, False, rows)
+        target=encode_shard, args=(path, shard, names, [], settings_json, root, 1, False, False, rows)
     )
     child.start()
     child.join()
@@ -240,7 +265,17 @@ def find_crashers(path: str, shard: int, args: tuple, rows: list[int]) -> list[i
     return [*find_crashers(path, shard, args, rows[:half]), *find_crashers(path, shard, args, rows[half:])]
 
 
-def remember_crashers(path: Path, rows: list[int]) -> None:
-    reason = "its image crashes the process that decodes or encodes it"
-    known = crashed(path) | {row: reason for row in rows}
+def remember_crashers(path: Path, rows: Iterable[int]) -> None:
+    """These images become dead letters of every shard that is made from now on."""
+    _write_crashed(path, crashed(path) | dict.fromkeys(rows, CRASHES))
+
+
+def forget_crashers(path: Path, rows: set[int]) -> None:
+    """These images are tried again."""
+    known = crashed(path)
+    if rows & known.keys():
+        _write_crashed(path, {row: reason for row, reason in known.items() if row not in rows})
+
+
+def _write_crashed(path: Path, known: dict[int, str]) -> None:
     places.write(crashed_file(path), (json.dumps(known, indent=2) + "\n").encode())

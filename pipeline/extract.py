@@ -4,18 +4,18 @@ One task = one whole shard of every array that is still missing there. Rerunning
 """
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline import cluster, encode, fidelity, images, masks, objects, places, provenance, store, upkeep
-from pipeline.corpora import CAPTION_FILES, Corpus, open_corpus
+from pipeline import cluster, encode, fidelity, images, int8, masks, objects, places, provenance, store, upkeep
+from pipeline.corpora import Corpus
 from pipeline.index import Index
 from pipeline.write_index import write_index
 from xformer.console import progress, say
 from xformer.errors import CorpusError, SettingsError, StoreError, WeightsError
-from xformer.settings import Settings, settings_from
+from xformer.settings import Settings
 
 Spec = tuple[tuple[int, ...], str, dict]  # of one array: shape of a row, dtype, usage
 
@@ -67,26 +67,29 @@ def wanted(kind: str, settings: Settings, whole: bool) -> dict[str, Spec]:
     return array_specs(kind, settings, whole, counts)
 
 
-def declare(
-    path: Path, index: Index, kind: str, specs: dict[str, Spec], settings: Settings, root: Path, force: bool
-) -> None:
-    """Declares the arrays of one encoder.
+def identity(name: str, settings: Settings) -> dict[str, Any]:
+    """Everything that decides the values of an array under these settings; its encoder is loaded for it."""
+    kind = name.split("/")[0]
+    if kind == "pixels":
+        return {"schema": 1, "encoder": "pixels", "image_size": settings.image_size}
+    model = encode.encoder(kind, settings.model_dump_json())
+    found = model.layer_identity(int(name.split("/")[1])) if kind == "clip" else model.identity
+    quantised = settings.store.dtype == "int8" and not name.endswith("/kept")
+    return found | ({"quantiser": "int8 * token * channel"} if quantised else {})
+
+
+def declare(path: Path, index: Index, specs: dict[str, Spec], settings: Settings, corpus: Corpus, force: bool) -> None:
+    """Declares arrays, and says how they are made.
 
     Raises: StoreError where they exist and differ, or where int8 loses more than store.int8_max_rmse without `force`.
     """
-    model = encode.encoder(kind, settings.model_dump_json())
-    quantised = [name for name, (_, dtype, _) in specs.items() if dtype == "int8"]
-    new = [name for name in quantised if not places.exists(path / name / "zarr.json")]
-    scales = fidelity.calibrate(index, new, settings, root, force) if new else {}
+    new = [name for name, (_, dtype, _) in specs.items() if dtype == "int8" and not store.committed(path, name)]
+    scales = fidelity.calibrate(index, new, settings, corpus.root, force) if new else {}
     for name, (shape, dtype, usage) in specs.items():
-        if name.startswith("pixels/"):
-            identity = {"schema": 1, "encoder": "pixels", "image_size": settings.image_size}
-        else:
-            identity = model.layer_identity(int(name.split("/")[1])) if kind == "clip" else model.identity
-            if settings.store.dtype == "int8" and not name.endswith("/kept"):
-                identity = identity | {"quantiser": "int8 * token * channel"}
-        more = {"channel_scale": [float(v) for v in scales[name]]} if name in scales else {}
-        store.create_array(path, name, index, shape, dtype, identity, usage, more)
+        channels = [float(value) for value in scales.get(name, ())]
+        more = {"channel_scale": channels, "channel_scale_sha256": int8.digest(channels)} if channels else {}
+        store.create_array(path, name, index, shape, dtype, identity(name, settings), usage, more)
+    provenance.record(path, list(specs), corpus, settings)
 
 
 def _view(view: int, settings: Settings) -> dict:
@@ -166,34 +169,37 @@ def extract(
     """
     started = time.perf_counter()
     report: dict[str, Any] = {"store": places.shown(path), "corpus": str(corpus.root), "encoders": {}}
-    import torch
-
-    if gpus and scheduler is None and not torch.cuda.is_available():
-        raise SettingsError("--gpus: this machine has no CUDA device; leave the option out.")
+    check_gpus(gpus, scheduler)
     specs = {kind: wanted(kind, settings, whole) for kind in kinds}  # refused before any image is read
     declared = {kind: list(arrays) for kind, arrays in specs.items()}
     with store.owner(path), _taken_back(path):
         index = plan_index(path, corpus, settings, limit)
-        _check_dead(index.description["dead"], index.count, index.dead(), settings)
-        for kind in kinds:
-            declare(path, index, kind, specs[kind], settings, corpus.root, force)
         names = [name for kind in kinds for name in declared[kind]]
-        done = {name: store.committed(path, name) for name in names}
-        known: dict[int, dict[int, dict]] = {}
-        for records in done.values():
-            for shard, record in records.items():
-                known.setdefault(shard, {}).update({letter["row"]: letter for letter in record["dead"]})
+        done: dict[str, set[int]] = {name: set() for name in names}
+        known: dict[int, dict[int, dict]] = {}  # by shard, for all arrays of this pass
+        dead: dict[int, dict] = {letter["row"]: letter for letter in index.dead()}
+        begun = False
+        for name in store.array_names(path):
+            records = store.committed(path, name)
+            begun |= bool(records)
+            dead |= {letter["row"]: letter for record in records.values() for letter in record["dead"]}
+            if name in done:
+                done[name] = set(records)
+                for shard, record in records.items():
+                    known.setdefault(shard, {}).update({letter["row"]: letter for letter in record["dead"]})
+        _check_dead(dead, index.count, settings)
+        if begun:
+            upkeep.check_sample(path, index, corpus.root, dead)
+        for kind in kinds:
+            declare(path, index, specs[kind], settings, corpus, force)
         todo: cluster.Todo = {}
         for shard in range(index.shards):
             if missing := [n for n in names if shard not in done[n]]:
                 todo[shard] = missing, list(known.get(shard, {}).values())
         del done, known
-        for kind in kinds:
-            provenance.record(path, kind, corpus, settings, declared[kind])
         skipped = index.shards - len(todo)
         if skipped:
             say(f"{' + '.join(kinds)}: {skipped} of {index.shards} shards are committed already")
-        dead: dict[int, dict] = {}
         began = time.perf_counter()
         rows = sum(index.bounds(s)[1] - index.bounds(s)[0] for s in todo)
         forward = 0.0
@@ -202,7 +208,7 @@ def extract(
             run = cluster.run_here if in_process else cluster.run_on_dask
             for result in run(job, todo, workers or settings.store.workers, scheduler):
                 dead |= {letter["row"]: letter for letter in result["dead"]}
-                _check_dead(len(dead), index.count, dead.values(), settings)
+                _check_dead(dead, index.count, settings)
                 forward += result["forward"]
                 bar.advance(result["rows"], note=f"{len(dead)} dead letters" if dead else "")
         seconds = time.perf_counter() - began
@@ -223,34 +229,24 @@ def extract(
     return report
 
 
-def _check_dead(dead: int, planned: int, letters: Iterable[dict], settings: Settings) -> None:
+def check_gpus(gpus: bool, scheduler: str | None) -> None:
+    """Raises SettingsError where this machine is to use a GPU that it does not have."""
+    import torch
+
+    if gpus and scheduler is None and not torch.cuda.is_available():
+        raise SettingsError("--gpus: this machine has no CUDA device; leave the option out.")
+
+
+def _check_dead(letters: dict[int, dict], planned: int, settings: Settings) -> None:
+    """Raises CorpusError for too many dead letters, whichever run found them."""
+    dead = len(letters)
     if not dead or dead < planned and dead <= max(1, settings.corpus.max_dead_fraction * planned):
         return
-    first = next(iter(letters))
+    first = next(iter(letters.values()))
     if dead == planned:
         raise CorpusError(f"no image of {planned} is usable; the first: {first['id']}: {first['reason']}.")
     raise CorpusError(
         f"{dead} of {planned} images are unusable, more than corpus.max_dead_fraction = "
-        f"{settings.corpus.max_dead_fraction}; the first: {first['id']}: {first['reason']}; mend "
-        "them, or raise that setting to go on."
+        f"{settings.corpus.max_dead_fraction}; the first: {first['id']}: {first['reason']}; mend them and take a new "
+        "--store, or raise that setting to go on."
     )
-
-
-def extract_again(path: Path, kinds: list[str] | None = None) -> int:
-    """Fills what is missing in a store, with the settings and images of its own last extractions.
-
-    Returns the number of dead letters. Raises StoreError where the store does not say how it was made.
-    """
-    made = provenance.read(path)
-    for kind in made if kinds is None else kinds:
-        if kind not in made:
-            raise StoreError(
-                f"{path} does not say how its {kind} features were made; run the extraction again yourself."
-            )
-        source, root = Path(made[kind]["source"]), Path(made[kind]["images"])
-        settings = settings_from(made[kind]["settings"], str(path))
-        whole = any(name.startswith("mae/full/") for name in made[kind]["arrays"])
-        limit = Index(path / "index").description["corpus"]["limit"]
-        corpus = open_corpus(source, root if source.suffix.lower() in CAPTION_FILES else None)
-        extract(corpus, path, [kind], settings, limit, whole, in_process=True, force=True)
-    return len(store.describe(path)["dead"])

@@ -10,7 +10,7 @@ from pipeline.index import Index
 from xformer import publish
 from xformer.console import say, table
 from xformer.errors import StoreError
-from xformer.settings import Settings, settings_from
+from xformer.settings import Settings
 
 SAMPLE = 64  # images
 
@@ -66,25 +66,34 @@ def _judge(name: str, measured: dict[str, float], settings: Settings, force: boo
 def report(path: Path, json_file: Path | None, sample: int = SAMPLE) -> dict[str, Any]:
     """Encodes a sample of the store's images again and compares every int8 array with it.
 
-    Raises: StoreError where the store holds no int8 array, or its images are gone.
+    Raises: StoreError where the store holds no int8 array, its images are gone, or, after the table and the JSON, where
+    an array loses more than the store.int8_max_rmse that it was made with.
     """
-    opened, found = store.FeatureStore(path), {}
-    for made in provenance.read(path).values():
-        settings = settings_from(made["settings"], str(path))
-        names = [n for n in made["arrays"] if n.endswith("/tokens") and opened.array(n).channels is not None]
-        if not names:
-            continue
-        shards = np.random.default_rng(0).permutation(opened.index.shards).tolist()
-        rows, values = exact(opened.index, shards, names, settings, Path(made["images"]), sample)
+    opened, found, limits = store.FeatureStore(path), {}, {}
+    passes: dict[tuple[str, Path], list[str]] = {}
+    for name in opened.names():
+        if opened.array(name).channels is not None:
+            settings, root = provenance.how(path, name, None)
+            limits[name] = settings.store.int8_max_rmse
+            passes.setdefault((settings.model_dump_json(), root), []).append(name)
+    if not passes:
+        raise StoreError(f"{path} holds no int8 features; make some with: xformer extract --dtype int8")
+    shards = np.random.default_rng(0).permutation(opened.index.shards).tolist()
+    for (text, root), names in passes.items():
+        rows, values = exact(opened.index, shards, names, Settings.model_validate_json(text), root, sample)
         if not len(rows):
-            raise StoreError(f"{path}: none of its images can be read under {made['images']}.")
+            raise StoreError(f"{path}: none of its images can be read under {root}.")
         for name in names:
             found[name] = int8.fidelity(values[name], opened.array(name).read(rows))
-    if not found:
-        raise StoreError(f"{path} holds no int8 features; make some with: xformer extract --dtype int8")
     columns = ("relative_rmse", "cosine", "worst_token_relative_rmse", "worst_token_cosine")
     header = ("array", "relative RMSE", "cosine", "worst token RMSE", "worst token cosine")
     table(f"{path}: int8 against fp16", header, [(n, *(f"{m[c]:.5f}" for c in columns)) for n, m in found.items()])
     if json_file:
         publish.write_json(json_file, found)
+    if above := [name for name in found if found[name]["relative_rmse"] > limits[name]]:
+        raise StoreError(
+            f"{path}: {above[0]} has a relative RMSE of {found[above[0]]['relative_rmse']:.4f}, above "
+            f"store.int8_max_rmse = {limits[above[0]]} ({len(above)} of {len(found)} int8 arrays are); make it again with "
+            "--dtype fp16."
+        )
     return found

@@ -4,6 +4,8 @@
 Per-token scales alone cost 5% relative RMSE on vision features with outlier channels, both together under 1%.
 """
 
+import hashlib
+
 import numpy as np
 
 LIMIT = 127
@@ -14,6 +16,11 @@ def channel_scales(sample: np.ndarray) -> np.ndarray:
     """float32 [channels]: the largest magnitude of each channel in float32 [images, tokens, channels]."""
     largest = np.abs(sample.astype(np.float32)).max((0, 1))
     return np.where(largest > 0, largest, 1).astype(np.float32)
+
+
+def digest(channels: list[float] | None) -> str | None:
+    """The sha256 of channel scales as float32, as it stands beside them; None where there are none."""
+    return None if channels is None else hashlib.sha256(np.array(channels, "<f4").tobytes()).hexdigest()
 
 
 def quantise(values: np.ndarray, channels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

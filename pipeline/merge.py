@@ -14,7 +14,7 @@ from typing import Any
 
 from pipeline import commits, encode, places, upkeep
 from pipeline.reader import shard_file
-from pipeline.store import FeatureStore, array_names, first_difference, owner, refuse_foreign
+from pipeline.store import MADE, FeatureStore, array_names, first_difference, owner, refuse_foreign
 from xformer.console import progress
 from xformer.errors import StoreError
 
@@ -41,7 +41,8 @@ def merge(target: Path, sources: list[Path]) -> dict[str, Any]:
                 _copy(target, source, name, report)
                 bar.advance(opened[0].index.shards)
         for source in sources:
-            _provenance(target, source)
+            if crashed := encode.crashed(source):
+                encode.remember_crashers(target, crashed)
         upkeep.seal(target)
     whole = FeatureStore(target)
     report["missing"] = {n: len(left) for n in whole.names() if (left := whole.array(n).missing_shards)}
@@ -96,6 +97,9 @@ def _copy(target: Path, source: Path, name: str, report: dict[str, Any]) -> None
             if places.exists(source / folder / "zarr.json") and not places.exists(target / folder / "zarr.json"):
                 places.copy(source / folder / "zarr.json", target / folder / "zarr.json")
         places.write(target / name / "zarr.json", metadata)
+    made = Path(name) / MADE
+    if places.exists(source / made) and not places.exists(target / made):
+        places.copy(source / made, target / made)
     ndim = len(json.loads(metadata)["shape"])
     for shard, record in sorted(records.items()):
         if shard in have:
@@ -112,16 +116,6 @@ def _copy(target: Path, source: Path, name: str, report: dict[str, Any]) -> None
                 f"{places.shown(file)} is damaged; run: xformer store verify {at} --repair, then merge again."
             )
         places.write(shard_file(target, name, shard, ndim), content)
-        places.write_exclusive(commits.commit_file(target, name, shard), (json.dumps(record) + "\n").encode())
+        commits.publish(target, name, record)
         report["copied"] += 1
         report["bytes"] += len(content)
-
-
-def _provenance(target: Path, source: Path) -> None:
-    """How each encoder's features were made, and the images that crashed an encoding process."""
-    for name in places.children(source / "index")[0]:
-        if name.startswith("made-") and not places.exists(target / "index" / name):
-            places.copy(source / "index" / name, target / "index" / name)
-    if crashed := encode.crashed(source):
-        known = json.dumps(crashed | encode.crashed(target), indent=2)
-        places.write(encode.crashed_file(target), f"{known}\n".encode())

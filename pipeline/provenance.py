@@ -1,4 +1,8 @@
-"""Where a store's features came from: source, settings and versions of each extraction, for `store info` and `retry`."""
+"""Where an array's features came from: source, pictures, settings and versions, in ARRAY/made.json beside its zarr.json.
+
+`store info` shows it, and `store verify --repair`, `retry` and `fidelity` make features again by it. It also holds the
+text of that zarr.json, without whose identity and int8 scales no feature could be read.
+"""
 
 import json
 from importlib.metadata import version
@@ -7,29 +11,50 @@ from typing import Any
 
 from pipeline import places
 from pipeline.corpora import Corpus
-from xformer.settings import Settings
+from pipeline.store import MADE
+from xformer.errors import StoreError
+from xformer.settings import Settings, settings_from
 
 LIBRARIES = ("torch", "timm", "transformers", "zarr", "pillow", "numpy")
 
 
-def record(path: Path, kind: str, corpus: Corpus, settings: Settings, names: list[str]) -> None:
-    """Writes STORE/index/made-KIND.json, the newest extraction of one encoder."""
+def record(path: Path, names: list[str], corpus: Corpus, settings: Settings) -> None:
+    """Writes ARRAY/made.json of each declared array, unless it says this already."""
     made = {
-        "encoder": kind,
-        "arrays": names,
         "source": str(corpus.source.resolve()),
         "images": str(corpus.root.resolve()),
         "versions": {name: version(name) for name in LIBRARIES},
         "settings": settings.dump(),
     }
-    places.write(path / "index" / f"made-{kind}.json", (json.dumps(made, indent=2) + "\n").encode())
+    for name in names:
+        text = places.read(path / name / "zarr.json").decode()
+        content, file = (json.dumps(made | {"zarr.json": text}, indent=2) + "\n").encode(), path / name / MADE
+        try:
+            same = places.read(file) == content
+        except FileNotFoundError:
+            same = False
+        if not same:
+            places.write(file, content)
 
 
-def read(path: Path) -> dict[str, dict[str, Any]]:
-    """What is known of each encoder's newest extraction, by encoder."""
-    files = [name for name in places.children(path / "index")[0] if name.startswith("made-") and name.endswith(".json")]
-    known, remedy = ("source", "images", "settings", "arrays", "versions"), "remove it and extract again"
-    return {
-        name[len("made-") : -len(".json")]: places.read_json(path / "index" / name, *known, remedy=remedy)
-        for name in files
-    }
+def read(path: Path, name: str) -> dict[str, Any]:
+    """How an array was made. Raises StoreError where the store does not say."""
+    remedy = f"nobody knows how {name} was made: run the extraction again that made it, which writes it anew"
+    try:
+        return places.read_json(
+            path / name / MADE, "source", "images", "versions", "settings", "zarr.json", remedy=remedy
+        )
+    except FileNotFoundError:
+        raise StoreError(f"{path / name / MADE} is not there; {remedy}.") from None
+
+
+def how(path: Path, name: str, images: Path | None) -> tuple[Settings, Path]:
+    """The settings an array was made with, and where its pictures lie: in `images`, or where they lay then.
+
+    Raises StoreError where the store does not say, or there is no such folder.
+    """
+    made = read(path, name)
+    root = images or Path(made["images"])
+    if not root.is_dir():
+        raise StoreError(f"the pictures of {path} are not in {root}; say where they lie now with --images DIR.")
+    return settings_from(made["settings"], str(path / name / MADE)), root.resolve()

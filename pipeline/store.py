@@ -2,6 +2,7 @@
 
     store.zarr/index/{rows.parquet,captions.arrow,index.json}   the row order (pipeline/index.py)
     store.zarr/<array>/zarr.json                                e.g. clip/5/tokens, mae/draw-0/tokens, mae/draw-0/kept
+    store.zarr/<array>/made.json                                where it came from, by which it is made again
     store.zarr/<array>/c/<shard>/...                            one shard = one unit of work, written once, whole
     store.zarr/<array>/commits/<shard>.json                     published last; readers see committed rows only;
                                sealed.parquet                   folded into one file when the array is finished
@@ -20,25 +21,22 @@ from typing import Any
 import numpy as np
 from awscrt.checksums import crc32c
 
-from pipeline import objects, places
+from pipeline import commits, objects, places
 from pipeline.cache import LocalCache
 from pipeline.commits import commit_file, committed
 from pipeline.index import Index, ids_sha256
 from pipeline.places import absolute
-from pipeline.reader import MISSING, FeatureArray, array_metadata, shard_file
+from pipeline.reader import MISSING, FeatureArray, array_metadata, fingerprint, shard_file
 from xformer import publish
 from xformer.errors import StoreError
 
 SCHEMA = 1
+MADE = "made.json"  # beside an array's zarr.json: how it was made (pipeline/provenance.py)
 
 __all__ = [
-    "MISSING", "FeatureArray", "FeatureStore", "LocalCache", "absolute", "commit_file", "committed", "shard_file",
+    "MISSING", "FeatureArray", "FeatureStore", "LocalCache", "absolute", "commit_file", "committed", "fingerprint",
+    "shard_file",
 ]  # fmt: skip
-
-
-def fingerprint(identity: dict[str, Any]) -> str:
-    """One hash of everything that decides a feature's value."""
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
 def first_difference(have: dict[str, Any], want: dict[str, Any]) -> str | None:
@@ -61,13 +59,14 @@ def first_misfit(trained: dict[str, Any], found: dict[str, Any]) -> str | None:
 
 @contextmanager
 def owner(store: Path) -> Iterator[None]:
-    """One writer per store: a lock on this machine, in an object store a lease.
+    """One writer per store, by whatever link it is called: a lock on this machine, in an object store a lease.
 
     Raises StoreError at once where another one is at work.
     """
     with ExitStack() as held:
         try:
-            lock = store.parent / f".{store.name}.lock"
+            real = absolute(store)
+            lock = real.parent / f".{real.name}.lock"
             guard = objects.lease(store) if places.is_object(store) else publish.exclusive(lock)
             mine = held.enter_context(guard)
         except (FileExistsError, NotADirectoryError):
@@ -187,14 +186,19 @@ def write_shard(
     ids: list[str],
     dead: list[dict],
     seconds: float,
+    old: dict | None = None,
 ) -> None:
-    """Writes one whole shard and publishes its commit record last.
+    """Writes one whole shard and publishes its commit record last. A shard that is committed stays as it is.
 
     Args:
         block: [rows, ...] of exactly the array's dtype and row shape; dead rows hold the fill value.
+        old: the shard is made again in place of what has this commit record ({}: one that cannot be read). The new
+            record is published over it after the new bytes; where both are the same, nothing is written.
 
     Raises: StoreError for a wrong shape or dtype, or a row with a value that is not finite and no dead letter.
     """
+    if old is None and commits.exists(store, name, shard):
+        return
     shape, dtype, about = array_metadata(store, name)
     start, stop = index.bounds(shard)
     if block.shape != (stop - start, *shape[1:]) or block.dtype != dtype or len(ids) != stop - start:
@@ -204,8 +208,7 @@ def write_shard(
         for row in alive:
             if not np.isfinite(block[row]).all():
                 raise StoreError(f"{name} row {start + row}: a value is not finite and the row is not a dead letter.")
-    content = shard_bytes(block, index.shard_rows)
-    places.write(shard_file(store, name, shard, block.ndim), content)
+    content, file = shard_bytes(block, index.shard_rows), shard_file(store, name, shard, block.ndim)
     record = {
         "shard": shard,
         "rows": [start, stop],
@@ -216,7 +219,20 @@ def write_shard(
         "seconds": round(seconds, 3),
         "dead": dead,
     }
-    places.write_exclusive(commit_file(store, name, shard), (json.dumps(record) + "\n").encode())
+    if old is None or not _holds(file, content):
+        places.write(file, content)
+    if old is None:
+        if not commits.publish(store, name, record) and _holds(file, content):  # of two at once the later bytes count
+            commits.publish(store, name, record, exclusive=False)
+    elif {**old, "seconds": 0} != {**record, "seconds": 0}:
+        commits.publish(store, name, record, exclusive=False)
+
+
+def _holds(file: Path, content: memoryview) -> bool:
+    try:
+        return places.read(file) == content
+    except OSError:
+        return False
 
 
 def attributes(store: Path, name: str) -> dict[str, Any]:
@@ -271,9 +287,14 @@ class FeatureStore:
 def array_names(store: Path) -> list[str]:
     """The feature arrays of a store, by name; the index is not one."""
 
+    def is_array(folder: Path, files: list[str]) -> bool:
+        if MADE in files or "zarr.json" not in files:  # whatever its zarr.json says
+            return MADE in files
+        return places.read_json(folder / "zarr.json").get("node_type") == "array"
+
     def below(folder: Path) -> Iterator[str]:  # stops at an array: below it are thousands of shards
         files, folders = places.children(folder)
-        if "zarr.json" in files and places.read_json(folder / "zarr.json").get("node_type") == "array":
+        if is_array(folder, files):
             yield folder.relative_to(store).as_posix()
         else:
             for name in folders:

@@ -1,7 +1,8 @@
-"""Looking after a store: what it holds, whether every byte is right, dead letters again, and what may go."""
+"""Looking after a store: what it holds, whether every byte is right, whether its pictures are, and what may go."""
 
 import hashlib
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -9,47 +10,152 @@ import numpy as np
 
 from pipeline import commits, places, provenance
 from pipeline.commits import committed
-from pipeline.encode import crashed_file
-from pipeline.index import ids_sha256
+from pipeline.encode import planned_image
+from pipeline.images import BadImage
+from pipeline.index import Index, ids_sha256
 from pipeline.reader import array_metadata, shard_file
-from pipeline.store import FeatureStore, array_names, describe, owner
+from pipeline.store import MADE, FeatureStore, array_names, describe, owner
+from xformer.console import progress
 from xformer.errors import StoreError
 
+SAMPLE_SHARDS, SAMPLE = 16, 256  # images that a rerun compares with the index, from so many shards
+READERS = 8  # threads that read pictures
 
-def verify(store: Path, repair: bool = False) -> list[str]:
-    """Compares every committed shard with its record, and the record with index and array.
+Shards = dict[str, set[int]]  # by array
 
-    With `repair` the bad commits are withdrawn, so that the next extraction makes exactly those shards again.
+
+def verify(store: Path) -> list[str]:
+    """Compares every committed shard with its record, the record with index and array, and the records with their copy.
+
     Returns what is wrong, one line each. Raises StoreError for a damaged index, with which no row can be compared.
     """
-    opened, problems = FeatureStore(store), []
+    return check(store)[0]
+
+
+def check(path: Path, only: Shards | None = None) -> tuple[list[str], Shards]:
+    """The same, and the shards that are damaged. `only` these are looked at, and each must be there."""
+    opened, problems, bad = FeatureStore(path), [], {}
     if damaged := opened.index.damaged():
         raise StoreError("; ".join(damaged))
-    ids = dict(enumerate(map(ids_sha256, opened.index.ids())))
-    for name in opened.names():
-        (shape, _, about), bad = array_metadata(store, name), set()
-        for shard, record in sorted(committed(store, name).items()):
-            file = shard_file(store, name, shard, len(shape))
+    index, names = opened.index, opened.names() if only is None else sorted(only)
+    ids = dict(enumerate(map(ids_sha256, index.ids())))
+    total = len(names) * index.shards if only is None else sum(map(len, only.values()))
+    with progress(f"verify {places.shown(path)}", total, "shards") as bar:
+        for name in names:
+            problems += _mend(path, name, write=False)
+            unreadable: list[Path] = []
             try:
-                content = places.read(file)
-            except OSError:  # missing, or its disk does not give it: the other shards are checked all the same
-                content = b""
-            wrong = ""
-            if len(content) != record["bytes"] or hashlib.sha256(content).hexdigest() != record["sha256"]:
-                wrong = f"{len(content)} bytes do not match their commit record"
-            elif record["ids_sha256"] != ids.get(shard) or record["rows"] != list(opened.index.bounds(shard)):
-                wrong = "its commit record is of other rows than the index"
-            elif record["fingerprint"] != about["fingerprint"]:
-                wrong = "it was made by another encoder than the array says"
-            if wrong:
-                problems.append(f"{places.shown(file)}: {wrong}")
-                bad.add(shard)
-        if bad and repair:
-            with owner(store):
-                commits.withdraw(store, name, bad)
-                for shard in bad:
-                    places.remove(shard_file(store, name, shard, len(shape)))
+                (shape, _, about), records = array_metadata(path, name), committed(path, name, unreadable)
+            except (StoreError, FileNotFoundError):
+                continue  # told already
+            records |= {int(file.stem): {} for file in unreadable}
+            shards = set(records) if only is None else only[name]
+            for shard in sorted(shards):
+                file = shard_file(path, name, shard, len(shape))
+                want = {"rows": list(index.bounds(shard)), "ids_sha256": ids.get(shard)}
+                if wrong := _wrong(file, records.get(shard, {}), want, about["fingerprint"]):
+                    problems.append(f"{places.shown(file)}: {wrong}")
+                    bad.setdefault(name, set()).add(shard)
+                bar.advance()
+            bar.advance(index.shards - len(shards) if only is None else 0)
+    return problems, bad
+
+
+def _wrong(file: Path, record: dict, want: dict, fingerprint: str) -> str:
+    if not record:
+        return "its commit record cannot be read"
+    try:
+        content = places.read(file)
+    except OSError as error:
+        return f"cannot be read: {error.strerror or 'there is no such object'}"
+    if len(content) != record["bytes"] or hashlib.sha256(content).hexdigest() != record["sha256"]:
+        return f"{len(content)} bytes do not match their commit record"
+    if {key: record[key] for key in want} != want:
+        return "its commit record is of other rows than the index"
+    return "" if record["fingerprint"] == fingerprint else "it was made by another encoder than the array says"
+
+
+def _mend(path: Path, name: str, write: bool) -> list[str]:
+    """What is wrong with an array's metadata and sealed records; with `write` their copies replace them."""
+    problems, made = commits.mend(path, name, write), {}
+    try:
+        made = provenance.read(path, name)
+    except StoreError as error:
+        problems.append(str(error))
+    try:
+        array_metadata(path, name)
+    except (StoreError, FileNotFoundError):
+        file = path / name / "zarr.json"
+        copy = f"{MADE} holds a copy" if made else "restore it from a copy of the store"
+        problems.append(f"{places.shown(file)}: damaged or removed; {copy}")
+        if write and made:
+            places.write(file, made["zarr.json"].encode())
     return problems
+
+
+def mend(path: Path) -> list[str]:
+    """Restores the small files of a store that are damaged from their copies; returns which."""
+    return [line for name in array_names(path) for line in _mend(path, name, write=True)]
+
+
+def unfinished(path: Path) -> list[str]:
+    """Which arrays lack shards, one line each."""
+    whole = FeatureStore(path)
+    missing = {name: len(whole.array(name).missing_shards) for name in whole.names()}
+    shards = whole.index.shards
+    return [f"{name} has {shards - count} of {shards} shards" for name, count in missing.items() if count]
+
+
+def changed(path: Path, images: Path | None = None) -> list[str]:
+    """Reads every image that was planned and compares it with the index; returns those that differ, one line each.
+
+    Raises StoreError where the pictures' folder is not there.
+    """
+    index = FeatureStore(path).index
+    roots = {provenance.how(path, name, images)[1] for name in array_names(path)}
+    if not roots:
+        raise StoreError(f"{path} holds no features yet; extract some first.")
+    found: list[str] = []
+    with (
+        progress(f"compare the pictures of {places.shown(path)}", index.count * len(roots), "images") as bar,
+        ThreadPoolExecutor(READERS) as pool,
+    ):
+        for shard in range(index.shards):
+            records = index.shard(shard)
+            alive = [record for record in records if record["status"] != "dead"]
+            for root in sorted(roots):
+                found += filter(None, pool.map(lambda record, root=root: _differs(root, record), alive))
+                bar.advance(len(records), note=f"{len(found)} differ" if found else "")
+    return found
+
+
+def check_sample(path: Path, index: Index, root: Path, dead: dict[int, Any]) -> None:
+    """Raises StoreError where one of a few images is not what it was when the store was planned.
+
+    The sample is the same each time: spread evenly, without dead rows.
+    """
+    count = min(SAMPLE_SHARDS, index.shards)
+    shards = [place * index.shards // count for place in range(count)]
+    with ThreadPoolExecutor(READERS) as pool:
+        for shard in shards:
+            alive = [r for r in index.shard(shard) if r["status"] != "dead" and r["row"] not in dead]
+            count = min(SAMPLE // len(shards), len(alive))
+            chosen = [alive[place * len(alive) // count] for place in range(count)]
+            if told := next(filter(None, pool.map(lambda record: _differs(root, record), chosen)), None):
+                raise StoreError(
+                    f"{path} was planned over other pictures than lie in {root} now: {told}; give another --store, or "
+                    f"see all that differ: xformer store verify {path} --source"
+                )
+
+
+def _differs(root: Path, record: dict) -> str:
+    try:
+        planned_image(root, record)
+        return ""
+    except OSError as error:
+        return f"{record['location']}: cannot be read: {error.strerror or error}"
+    except BadImage as error:
+        return f"{record['location']}: {error}"
 
 
 def seal(store: Path) -> None:
@@ -61,34 +167,11 @@ def seal(store: Path) -> None:
 
 def info(store: Path) -> dict[str, Any]:
     """What a store holds and where it came from."""
-    made = {
-        kind: {key: value[key] for key in ("source", "images", "versions")}
-        for kind, value in provenance.read(store).items()
-    }
+    made = {}
+    for name in array_names(store):
+        said = provenance.read(store, name)
+        made[name] = {key: said[key] for key in ("source", "images", "versions")}
     return describe(store) | {"made": made}
-
-
-def withdraw_dead(store: Path) -> tuple[int, list[str]]:
-    """Withdraws every shard that holds a dead letter, so that the next extraction tries its images again.
-
-    Rows that were dead when the store was planned stay dead, for their bytes were never hashed. Returns how many rows
-    will be tried, and the encoders whose arrays they are in.
-    """
-    opened, rows, kinds = FeatureStore(store), set(), set()
-    planned = {letter["row"] for letter in opened.index.dead()}
-    with owner(store):
-        places.remove(crashed_file(store))
-        for name in opened.names():
-            shards = set()
-            for shard, record in committed(store, name).items():
-                again = {letter["row"] for letter in record["dead"]} - planned
-                if again:
-                    rows |= again
-                    shards.add(shard)
-            if shards:
-                commits.withdraw(store, name, shards)
-                kinds.add("clip" if name.startswith("clip/") else "mae")
-    return len(rows), sorted(kinds)
 
 
 def drop(store: Path, names: list[str]) -> tuple[list[str], int]:
@@ -105,6 +188,7 @@ def drop(store: Path, names: list[str]) -> tuple[list[str], int]:
             for name in found:
                 freed += sum(places.walk(store / name).values())
                 places.remove_folder(store / name / "commits")  # first: a half-removed array has no readable row
+                places.remove(store / name / MADE)
                 places.remove_folder(store / name)
                 gone.append(name)
         for name in array_names(store):

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline import cache, reader, store, upkeep
-from pipeline.extract import extract_again
+from pipeline.redo import repair
 from tests.faults.report import line
 from tests.pipeline.test_extract import shards
 from xformer.console import quietly
@@ -36,11 +36,10 @@ def test_flipped_bits_are_named_and_only_their_shards_are_made_again(
             bit = draw.randrange(len(content) * 8)
             content[bit // 8] ^= 1 << bit % 8
             file.write_bytes(content)
-        problems = upkeep.verify(path, repair=True)
-        named += sum(any(problem.startswith(f"{file}:") for problem in problems) for file in chosen)
-        assert len(problems) == 4
         with quietly():
-            extract_again(path)
+            problems, left = repair(path, in_process=True)
+        named += sum(any(problem.startswith(f"{file}:") for problem in problems) for file in chosen)
+        assert len(problems) == 4 and left == []
         changed = {file for file in files if file.stat().st_mtime_ns != times[file]}
         repaired += 4 * (shards(path) == wanted and changed == set(chosen))
     line("a flipped bit: named by verify", flips, named)
@@ -92,8 +91,12 @@ def everything(path: Path, settings: Settings) -> dict[str, Callable[[], object]
         _, captions = index.captions()
         _ = captions[0], index.usable("train"), index.image_keys(np.array([1])), index.id_of(1), index.shard(1)
 
+    def verify() -> None:
+        if problems := upkeep.verify(path):
+            raise StoreError(*problems)
+
     return {
-        "info": lambda: upkeep.info(path), "verify": lambda: upkeep.verify(path), "train": train,
+        "info": lambda: upkeep.info(path), "verify": verify, "train": train,
         "names": lambda: [store.attributes(path, name) for name in store.array_names(path)],
     }  # fmt: skip
 
@@ -120,7 +123,7 @@ DAMAGE: dict[str, tuple[str, Callable[[bytes], bytes | None], set[str]]] = {
     "captions.arrow cut": ("index/captions.arrow", cut(300), {"verify", "train"}),
     "the image hashes removed": ("index/c/0/0", lambda _: None, {"verify", "train"}),
     "the image hashes cut": ("index/c/0/0", cut(0), {"verify", "train"}),
-    "how it was made, cut": ("index/made-clip.json", cut(1), {"info"}),
+    "how it was made, cut": (f"{CLIP}/made.json", cut(1), {"info", "verify"}),
 }  # fmt: skip
 
 

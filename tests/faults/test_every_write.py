@@ -14,7 +14,8 @@ import pytest
 
 from pipeline import cluster, store, upkeep
 from pipeline.corpora import open_corpus
-from pipeline.extract import extract
+from pipeline.extract import extract, plan_index
+from pipeline.index import Index
 from tests.faults.report import ROOT, line
 from tests.pipeline.test_extract import shards
 from xformer.errors import StoreError
@@ -116,6 +117,70 @@ def test_kills_at_writes(corpus: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_two_hundred_kills_at_writes(corpus: Path, tmp_path: Path) -> None:
     kill_at_writes(corpus, tmp_path, 200)
+
+
+AGAIN = (
+    FORKS[: FORKS.index("begun =")]
+    + """
+import shutil
+import numpy as np
+from pipeline import redo, store, upkeep
+from tests.pipeline.test_extract import shards
+
+given, want, rows = Path(sys.argv[4]), shards(Path(sys.argv[5])), np.arange(64)
+was = store.FeatureStore(given)
+alive = {name: np.setdiff1d(rows, was.array(name).dead_rows) for name in was.names()}
+values = {name: was.array(name).read(alive[name]).tobytes() for name in alive}
+place, killed, step = 1, 0, int(sys.argv[3])
+while True:
+    path = Path(shutil.copytree(given, folder / f"{place}.zarr"))
+    child = os.fork()
+    if child == 0:
+        die_at(place, bool(place % 2))
+        redo.retry(path, in_process=True)
+        os._exit(0)
+    _, status = os.waitpid(child, 0)
+    if not os.WIFSIGNALED(status):
+        assert status == 0, status
+        break
+    killed += 1
+    left = store.FeatureStore(path)
+    assert all(left.array(name).read(alive[name]).tobytes() == values[name] for name in alive), place
+    for _ in range(2):  # a kill between the bytes and the record is damage, the rest dead letters as before
+        redo.repair(path, in_process=True)
+        redo.retry(path, in_process=True)
+    assert upkeep.verify(path) == [] and shards(path) == want and not upkeep.describe(path)["dead"], place
+    shutil.rmtree(path)
+    place += step
+print("killed", killed, flush=True)
+"""
+)
+
+
+@pytest.mark.parametrize("step", [13, pytest.param(1, marks=pytest.mark.slow)])
+def test_kills_at_writes_of_a_retry_lose_nothing(corpus: Path, tmp_path: Path, step: int) -> None:
+    """Two pictures of two shards were unreadable for a while; the retry is killed at one write after the other."""
+    settings, source = load_settings(overrides=["store.shard_rows=8", "mae.draws=2"]), open_corpus(corpus)
+    path, want, away = tmp_path / "given.zarr", tmp_path / "want.zarr", tmp_path / "away"
+    extract(source, want, ["clip", "mae"], settings, limit=64, in_process=True)
+    plan_index(path, source, settings, 64)
+    gone = [corpus / Index(path / "index").shard(shard)[3]["location"] for shard in (1, 4)]
+    away.mkdir()
+    for file in gone:
+        os.rename(file, away / file.name)
+    try:
+        extract(source, path, ["clip", "mae"], settings, limit=64, in_process=True)
+    finally:
+        for file in gone:
+            os.rename(away / file.name, file)
+    (tmp_path / "again.py").write_text(AGAIN)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "again.py", str(corpus), str(tmp_path), str(step), str(path), str(want)]
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    killed = int(done.stdout.split()[-1])
+    assert killed > 30 / step
+    line("SIGKILL at a write of a retry", killed, killed)
 
 
 def test_no_space_at_any_write_stops_and_goes_on(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ import pytest
 import torch
 from PIL import Image
 
-from pipeline import cluster, images, masks, store, upkeep
+from cli import main
+from pipeline import cluster, commits, images, masks, store, upkeep
 from pipeline.corpora import open_corpus
 from pipeline.extract import extract
 from xformer.errors import CorpusError, SettingsError, StoreError, WeightsError
@@ -26,6 +27,15 @@ def shards(path: Path) -> dict[str, str]:
     found = {*path.rglob("c/*"), *path.rglob("c/*/**/*")}
     files = sorted(p for p in found if p.is_file() and not p.name.startswith("."))
     return {p.relative_to(path).as_posix(): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
+
+
+def withdraw(path: Path, name: str, numbers: set[int]) -> None:
+    """A store as an extraction leaves it that was stopped before it had committed these shards."""
+    records = commits.committed(path, name)
+    for file in (path / name / "commits").iterdir():
+        file.unlink()
+    for number in records.keys() - numbers:
+        commits.publish(path, name, records[number])
 
 
 def test_cached_clip_tokens_are_the_models_own(features: Path, corpus: Path, settings: Settings) -> None:
@@ -159,9 +169,40 @@ def test_what_is_committed_survives_a_refusal(tmp_path: Path) -> None:
     folder, path = broken_corpus(tmp_path), tmp_path / "s.zarr"
     with pytest.raises(CorpusError, match="max_dead_fraction"):
         extract(open_corpus(folder), path, ["clip"], load_settings(), in_process=True)
+    before = shards(path)
+    for kinds in (["clip"], ["mae"], ["clip"]):  # running again does not bypass it
+        with pytest.raises(CorpusError, match="max_dead_fraction"):
+            extract(open_corpus(folder), path, kinds, load_settings(), in_process=True)
+    assert shards(path) == before
     more = load_settings(overrides=["corpus.max_dead_fraction=0.5"])
     report = extract(open_corpus(folder), path, ["clip"], more, in_process=True)
     assert report["encoders"]["clip"]["shards done before"] == 1 and len(report["dead"]) == 3
+
+
+def test_a_rerun_over_other_pictures_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    folder, path = tmp_path / "pictures", tmp_path / "s.zarr"
+    folder.mkdir()
+    for i in range(300):
+        Image.new("RGB", (8, 8), (i % 256, i // 256, 0)).save(folder / f"{i:03d}.png")
+    settings = load_settings(overrides=["store.shard_rows=30", "mae.draws=1"])
+    extract(open_corpus(folder), path, ["clip"], settings, in_process=True)
+    before = shards(path)
+    main(["store", "verify", str(path), "--source"])
+    for i in range(0, 300, 30):  # the first of every shard
+        Image.new("RGB", (8, 8), (0, 0, 99)).save(folder / f"{i:03d}.png")
+    source = open_corpus(folder)  # its identity is that of the file names
+    (folder / "007.png").unlink()
+    for kind in ("clip", "mae"):
+        with pytest.raises(
+            StoreError, match=r"planned over other pictures.*000.png: the file has changed.*another --store"
+        ):
+            extract(source, path, [kind], settings, in_process=True)
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["store", "verify", str(path), "--source", "--json", str(tmp_path / "source.json")])
+    told = json.loads((tmp_path / "source.json").read_text())["changed"]
+    assert len(told) == 11 and any(line.startswith("007.png: cannot be read") for line in told)
+    assert "11 pictures" in capsys.readouterr().err and shards(path) == before
 
 
 def test_a_store_without_a_commit_is_planned_anew_and_one_with_a_commit_is_not(

@@ -20,6 +20,7 @@ from pipeline import cache, objects, places, reader, store, upkeep
 from pipeline.cache import LocalCache
 from pipeline.corpora import open_corpus
 from pipeline.extract import extract
+from pipeline.redo import repair
 from pipeline.store import FeatureStore
 from tests.pipeline.test_extract import shards
 from xformer.errors import CorpusError, StoreError
@@ -130,7 +131,7 @@ def test_extraction_into_an_object_store_writes_the_bytes_of_a_local_one(remote:
     theirs = {name: digest for name, digest in shards(features).items() if not name.startswith("index")}
     assert ours == theirs and len(ours) == 24
     assert not places.exists(remote / objects.LEASE_NAME)
-    assert places.children(remote / NAME / "commits")[0] == ["sealed.parquet"]
+    assert places.children(remote / NAME / "commits")[0] == ["sealed.copy.parquet", "sealed.parquet"]
 
 
 def test_info_verify_and_training_from_it(
@@ -233,7 +234,17 @@ def test_missing_cut_and_changed_objects_are_errors_and_never_zeros(
             array.read([row])
     assert np.isfinite(array.read([100])).all()
     assert len(upkeep.verify(path)) == 3
-    assert len(upkeep.verify(path, repair=True)) == 3 and FeatureStore(path).array(NAME).missing_shards == [0, 1, 2]
+    if whole:
+        sealed, content = path / NAME / "commits/sealed.parquet", places.read(path / NAME / "commits/sealed.parquet")
+        places.write(sealed, content[:-1])
+        with pytest.raises(StoreError, match="damaged commit records"):
+            FeatureStore(path).array(NAME)
+        repaired, left = repair(path, in_process=True)
+        assert len(repaired) == 4 and left == [] and upkeep.verify(path) == []
+        assert [hashlib.sha256(places.read(p)).digest() for p in [*places_of, sealed]] == [
+            hashlib.sha256(c).digest()
+            for c in [*(places.read(remote / p.relative_to(path)) for p in places_of), content]
+        ]
 
 
 def test_two_503_or_a_late_answer_and_then_success(remote: Path, server: Server, hasty: None) -> None:

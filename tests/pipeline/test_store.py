@@ -19,6 +19,7 @@ import zarr
 
 from pipeline import commits, reader, store, upkeep
 from pipeline.index import Index
+from tests.pipeline.test_extract import withdraw
 from xformer.errors import StoreError
 
 
@@ -121,7 +122,7 @@ def test_a_missing_shard_or_inner_chunk_gives_an_error(features: Path, tmp_path:
 
 def test_what_is_not_committed_is_not_read(features: Path, tmp_path: Path) -> None:
     path = copy(features, tmp_path)
-    commits.withdraw(path, "clip/5/tokens", {2})
+    withdraw(path, "clip/5/tokens", {2})
     opened = store.FeatureStore(path)
     with pytest.raises(StoreError, match="3 of 4 shards"):
         opened.complete("clip/5/tokens")
@@ -129,18 +130,25 @@ def test_what_is_not_committed_is_not_read(features: Path, tmp_path: Path) -> No
         opened.array("clip/5/tokens").read([70])
 
 
-def test_repair_withdraws_only_the_damaged_shard(features: Path, tmp_path: Path) -> None:
-    path = copy(features, tmp_path)
-    shard(path).write_bytes(b"x")
-    assert len(upkeep.verify(path, repair=True)) == 1
-    assert store.FeatureStore(path).array("clip/5/tokens").missing_shards == [1]
-    assert store.FeatureStore(path).array("mae/draw-0/tokens").missing_shards == []
+def test_a_committed_shard_is_never_replaced_by_other_bytes(
+    features: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, name = copy(features, tmp_path), "clip/5/tokens"
+    index, ids, block = Index(path / "index"), [str(i + 1) for i in range(32)], np.ones((32, 8, 96), np.float16)
+    before, record = shard(path, name, 0).read_bytes(), commits.record(path, name, 0)
+    store.write_shard(path, name, index, 0, block, ids, [], 0.0)  # sealed
+    withdraw(path, name, {1})
+    store.write_shard(path, name, index, 0, block, ids, [], 0.0)  # loose
+    assert shard(path, name, 0).read_bytes() == before and commits.record(path, name, 0) == record
+    monkeypatch.setattr(commits, "exists", lambda *_: False)  # another writer commits between question and write
+    store.write_shard(path, name, index, 0, block, ids, [], 0.0)
+    assert upkeep.verify(path) == []
 
 
 def test_wrong_blocks_are_refused_before_they_are_written(features: Path, tmp_path: Path) -> None:
     path = copy(features, tmp_path)
     index, name = Index(path / "index"), "clip/5/tokens"
-    commits.withdraw(path, name, {0})
+    withdraw(path, name, {0})
     before = shard(path, name, 0).read_bytes()
     ids = [str(i) for i in range(32)]
     good = np.zeros((32, 8, 96), np.float16)
@@ -165,8 +173,11 @@ def test_one_owner_at_a_time(tmp_path: Path) -> None:
     with store.owner(tmp_path / "s.zarr"), pytest.raises(StoreError, match="another extraction"):
         with store.owner(tmp_path / "s.zarr"):
             pass
-    with store.owner(tmp_path / "s.zarr"):
-        pass
+    (tmp_path / "link.zarr").symlink_to(tmp_path / "s.zarr")
+    for first, second in (("s.zarr", "link.zarr"), ("link.zarr", "s.zarr")):  # one store, whatever it is called
+        with store.owner(tmp_path / first), pytest.raises(StoreError, match="another extraction"):
+            with store.owner(tmp_path / second):
+                pass
 
 
 def test_a_newer_schema_is_refused(features: Path, tmp_path: Path) -> None:
