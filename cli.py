@@ -230,8 +230,9 @@ def plan(
     """
     settings = _settings(preset, config, set_, seed, quiet)
     from pipeline.corpora import open_corpus
-    from pipeline.plan import Machine, show
+    from pipeline.plan import Machine
     from pipeline.plan import plan as run
+    from pipeline.plan_tables import show
     from xformer import operations, publish
 
     if corpus is None and images is None:

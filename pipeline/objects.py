@@ -59,13 +59,13 @@ def _ask[T](path: Path, request: Callable[[Any, str], T]) -> T:
 
     try:
         return request(client, key)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"{path}: there is no such object") from None
     except (AlreadyExistsError, PreconditionError):
         raise FileExistsError(f"{path}: the object exists already or was changed") from None
     except (BaseError, ValueError, OSError) as error:
-        if "NoSuchBucket" in str(error):
+        if "NoSuchBucket" in str(error):  # S3's code, in a 404 as well
             raise StoreError(f"{path}: there is no bucket {path.parts[1]}; make it, or mend the path.") from None
+        if isinstance(error, FileNotFoundError):
+            raise FileNotFoundError(f"{path}: there is no such object") from None
         what = " ".join(str(error).split())[:300]
         raise StoreError(f"{path}: the object store does not do what it is asked: {what}; run again later.") from None
 

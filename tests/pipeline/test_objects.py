@@ -310,9 +310,22 @@ def test_one_writer_at_a_time(server: Server) -> None:
 
 
 def test_what_is_no_store(server: Server) -> None:
-    for url in ("s3://bucket/nothing.zarr", "s3://nobucket/nothing.zarr"):
-        with pytest.raises(StoreError, match=r"s3://.*/nothing.zarr is no feature store"):
-            FeatureStore(Path(url))
+    with pytest.raises(StoreError, match=r"s3://bucket/nothing.zarr is no feature store"):
+        FeatureStore(Path("s3://bucket/nothing.zarr"))
     with pytest.raises(StoreError, match="write s3://BUCKET/PATH"):
         FeatureStore(Path("s3://"))
     assert reader.REQUESTS > 1
+
+
+def test_a_bucket_that_is_missing_and_a_lease_that_is_damaged_are_told(server: Server, settings: Settings) -> None:
+    for ask in (lambda path: objects.put(path, b"x"), objects.children, objects.walk):
+        with pytest.raises(StoreError, match=r"^s3://nowhere/s.zarr: there is no bucket nowhere; make it") as caught:
+            ask(Path("s3://nowhere/s.zarr"))
+        assert "<" not in str(caught.value)
+    with pytest.raises(StoreError, match="there is no bucket nowhere"):
+        FeatureStore(Path("s3://nowhere/s.zarr"))
+    path = Path("s3://bucket/torn.zarr")
+    objects.put(path / objects.LEASE_NAME, b"{")
+    with pytest.raises(StoreError, match="another extraction is writing it"), store.owner(path):
+        pass
+    objects.delete([path / objects.LEASE_NAME])
