@@ -111,12 +111,15 @@ def write_everything(folder: Path, store: Path, dtype: str):
     """Returns the store's index and a memory map of all rows."""
     import torch
 
+    from pipeline import int8
     from pipeline.index import Index
     from pipeline.store import create_array, write_shard
 
     index = Index.__new__(Index)  # of rows that have no images
     index.folder, index.count, index.shard_rows, index.shards = store / "index", ROWS, SHARD_ROWS, ROWS // SHARD_ROWS
-    create_array(store, ARRAY, index, SHAPE, dtype, {}, {}, {"channel_scale": [1.0] * 1408} if dtype == "int8" else {})
+    channels = [1.0] * SHAPE[-1]
+    more = {"channel_scale": channels, "channel_scale_sha256": int8.digest(channels)} if dtype == "int8" else {}
+    create_array(store, ARRAY, index, SHAPE, dtype, {}, {}, more)
     if dtype == "int8":
         create_array(store, "clip/39/scale", index, SHAPE[:1], "float16", {}, {})
     plain = np.lib.format.open_memmap(folder / "m.npy", "w+", np.dtype(dtype), (ROWS, *SHAPE))
