@@ -40,10 +40,16 @@ IN_THREADS = 1 << 16  # bytes of a row from which on handing rows to threads pay
 class Cache:
     """The arrays of one store that a model reads, checked against the settings before the first step.
 
+    Args:
+        most: read only so many of the mask draws; a run that goes on reads those that it was started with, whatever has
+            been added or begun since. None: all that `local.draws` allows.
+
     Raises: StoreError where an array is missing, incomplete, or was made in another way; the field is named.
     """
 
-    def __init__(self, path: Path, settings: Settings, model: str, pixels: bool, phase: Phase = "stage1") -> None:
+    def __init__(
+        self, path: Path, settings: Settings, model: str, pixels: bool, phase: Phase = "stage1", most: int | None = None
+    ) -> None:
         folder = Path(settings.store.cache_dir) if settings.store.cache_dir else None
         self.store = FeatureStore(path, LocalCache(folder, settings.store.cache_bytes))
         layer = settings.clip.layers[0]
@@ -60,7 +66,7 @@ class Cache:
         self.local = local_tokens(settings, model)
         if self.local == "mae":
             ratio = mask_ratio(settings, model, phase)
-            self._open_mae(path, settings.mae, ratio, settings.local.draws)
+            self._open_mae(path, settings.mae, ratio, settings.local.draws if most is None else most)
             if pixels and self.kept:
                 self.pixels = {view: self._open(f"pixels/view-{view}") for view in set(self.views)}
             for view in set(self.views) - {0}:
@@ -89,8 +95,12 @@ class Cache:
             if not names:
                 raise StoreError(f"{path} has no mask draws; run: xformer extract --encoder mae --store {path}")
             for draw in range(len(names))[:most]:
-                self.mae.append(self._open(f"mae/draw-{draw}/tokens"))
-                self.kept.append(self._open(f"mae/draw-{draw}/kept"))
+                try:
+                    self.mae.append(self._open(f"mae/draw-{draw}/tokens"))
+                    self.kept.append(self._open(f"mae/draw-{draw}/kept"))
+                except StoreError as error:
+                    way_out = f" Or read the {draw} draws before it with --set local.draws={draw}." if draw else ""
+                    raise StoreError(f"{error}{way_out}") from None
         if self.mae[0].shape[-1] != mae.width:
             raise StoreError(f"{path}: mae tokens are {self.mae[0].shape[-1]} wide, the settings say {mae.width}.")
 
@@ -296,7 +306,8 @@ class Pairs:
 
         keys, features, captions = self.read(numbers, draw, out, pool)
         ids, mask = self.tokenizer(captions)
-        hashes = [int.from_bytes(hashlib.blake2b(c.encode(), digest_size=7).digest(), "little") for c in captions]
+        read = [row[seen].numpy().tobytes() for row, seen in zip(ids, mask, strict=True)]  # what differs for the model
+        hashes = [int.from_bytes(hashlib.blake2b(text, digest_size=7).digest(), "little") for text in read]
         batch = Batch(
             rows=torch.from_numpy(keys),
             texts=torch.tensor(hashes),

@@ -21,14 +21,14 @@ from xformer import checkpoint, publish
 from xformer.alarms import Plan
 from xformer.console import say
 from xformer.data import Pairs
-from xformer.errors import SettingsError, Stopped
+from xformer.errors import CheckpointError, SettingsError, Stopped
 from xformer.gather import alone
 from xformer.guard import Guard
 from xformer.monitor import Monitor
 from xformer.optimiser import learning_rate, make_optimizer
 from xformer.order import Schedule, generator
 from xformer.reading import Reading, stream
-from xformer.resume import load_scaler, refuse_missing_state, refuse_other_run, scaler_state
+from xformer.resume import load_scaler, refuse_missing_state, scaler_state
 from xformer.settings import Data, Stage1, Stage2
 from xformer.stopping import asked_to_stop
 from xformer.trackers import refuse_missing
@@ -93,7 +93,6 @@ class Loop:
         if resume:
             newest = checkpoint.newest(folder)
             state = checkpoint.read_state(newest)
-            refuse_other_run(folder, state, described)
             refuse_missing_state(newest, state, seed)
             checkpoint.load_model(newest, model)
             checkpoint.load_optimizer(newest, model, self.optimizer.optimizer)
@@ -123,8 +122,17 @@ class Loop:
         """Trains to the end. Returns the summary.
 
         Raises: TrainingError after three steps in a row that are not finite; Stopped, once the step is saved, where a
-        process was asked to stop.
+        process was asked to stop; CheckpointError where another trainer is at work in the folder.
         """
+        main = self.accelerator.is_main_process
+        with publish.exclusive(self.folder / ".lock") if main else nullcontext(True) as mine:
+            if not mine:
+                raise CheckpointError(
+                    f"{self.folder}: another trainer is at work in this run; wait for it, or give another --out."
+                )
+            return self._run(losses_of, validate)
+
+    def _run(self, losses_of: Losses, validate: Validate) -> dict[str, Any]:
         accelerator, schedule, recipe, main = (
             self.accelerator,
             self.schedule,
@@ -142,6 +150,10 @@ class Loop:
         )  # fmt: skip
         try:
             with monitor, asked_to_stop() as self.asked:
+                if main and self.start == schedule.steps and not measured:  # it stopped in its last validation
+                    with alone():
+                        measured, picture = validate()
+                    monitor.validated(self.start, measured, picture)
                 for read in monitor.timed(batches):
                     if len(self.history) <= read.epoch:
                         self.history.append({"epoch": read.epoch, "draw": read.draw if draws else None})
@@ -156,8 +168,12 @@ class Loop:
                     if done % recipe.log_every == 0 or last:
                         monitor.train(done, read.epoch, read.draw, rate, self._means(), read.digest)
                     if main and (done % recipe.validate_every == 0 or last):
-                        with alone():
-                            measured, picture = validate()
+                        try:
+                            with alone():
+                                measured, picture = validate()
+                        except Exception:  # no memory, a damaged row: what was trained is not lost with it
+                            self._save(done, read.epoch, began, {} if last else measured)
+                            raise
                         monitor.validated(done, measured, picture)
                     stopping = self.stopping and not last
                     if main and (done % recipe.save_every == 0 or last or stopping):

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from xformer.errors import CheckpointError, SettingsError
+from xformer.errors import CheckpointError, SettingsError, StoreError
 
 SAME = (
     "stage",
@@ -40,13 +40,19 @@ def unread(described: dict[str, Any]) -> tuple[str, ...]:
 
 
 def refuse_other_run(run: Path, state: dict[str, Any], described: dict[str, Any]) -> None:
-    """Raises SettingsError, which names the field, where a run would go on in another way than it was started."""
+    """Raises SettingsError, which names the field, where a run would go on in another way than it was started, and
+    StoreError where its stores have other pairs now."""
     left_out = unread(described)
     for key in SAME:
         there, here = state.get(key), described.get(key)
         if key == "settings":
             there, here = (
                 {k: v for k, v in values.items() if k not in left_out} for values in (there or {}, here or {})
+            )
+        if key == "pairs" and there != here:
+            raise StoreError(
+                f"{run} was started with {there} pairs in its stores and they give {here} now (xformer store retry brings "
+                f"images back, repairs may lose some), so its sample order is gone; start a new run with --init {run}"
             )
         if difference := _difference(there, here, key):
             raise SettingsError(f"{run} was started with {difference}; use the same, or start a new run.")

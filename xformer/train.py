@@ -1,6 +1,7 @@
 """The two trainers: settings -> model and cached pairs -> one loop with Accelerate."""
 
 import hashlib
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from xformer.loop import Loop
 from xformer.model import Batch, build_stage1, build_xformer
 from xformer.order import refuse_weights
 from xformer.questions import Question, read_questions, refuse_missing_images, rows_of_questions, split_questions
+from xformer.resume import refuse_other_run
 from xformer.saved import opened
 from xformer.settings import Settings
 from xformer.stage2 import Text, build_stage2, caption_text, question_text, refuse_other_llm
@@ -30,13 +32,17 @@ Task = Literal["vqa", "caption"]
 
 def _pairs(
     features: list[Path], settings: Settings, model: str, stage: Literal["stage1", "stage2"],
-    asked: list[Question] | None = None,
+    draws: int | None, asked: list[Question] | None = None,
 ) -> tuple[Pairs, Pairs, list[Cache]]:  # fmt: skip
-    """Training and validation pairs: the captions of the stores, or the questions that a task asks."""
+    """Training and validation pairs: the captions of the stores, or the questions that a task asks.
+
+    Args:
+        draws: read only so many mask draws; None: all.
+    """
     pixels = rebuilds(settings, model, stage)
     if len({absolute(path) for path in features}) < len(features):
         raise SettingsError("--features names a store twice; data.weights decides how often each is read.")
-    caches = [Cache(path, settings, model, pixels, stage) for path in features]
+    caches = [Cache(path, settings, model, pixels, stage, draws) for path in features]
     text = settings.qformer
     tokenizer = TextTokenizer(text.text, text.max_text, text.max_words)
     if asked is None:
@@ -56,7 +62,8 @@ def _pairs(
         raise StoreError(f"{where}: no image-text pairs to train on; a plain folder of pictures has no captions.")
     first = caches[0]
     for cache in caches[1:]:
-        compare_identities(first.identities(), cache.identities(), str(first.store.path), str(cache.store.path))
+        for one, other in ((first, cache), (cache, first)):
+            compare_identities(one.identities(), other.identities(), str(one.store.path), str(other.store.path))
     if first.kept and (draws := min(cache.draws for cache in caches)) < settings.mae.draws:
         say(
             f"the stores hold {draws} of the {settings.mae.draws} mask draws of mae.draws: epoch e reads draw e mod {draws}"
@@ -66,7 +73,9 @@ def _pairs(
     return train, val, caches
 
 
-def _describe(settings: Settings, model: str, stage: int, train: Pairs, draws: int) -> dict[str, Any]:
+def _describe(
+    settings: Settings, model: str, stage: int, train: Pairs, draws: int, init: Path | None
+) -> dict[str, Any]:
     """What is saved with every checkpoint beside the weights."""
     return {
         "stage": stage,
@@ -77,16 +86,20 @@ def _describe(settings: Settings, model: str, stage: int, train: Pairs, draws: i
         "pairs": train.sizes,
         "identities": train.caches[0].identities(),
         "draws": draws,
+        "init": None if init is None else str(init),
     }
 
 
-def _draws(run: Path, caches: list[Cache], resume: bool) -> int:
+def _draws(run: Path, caches: list[Cache], before: dict[str, Any] | None) -> int:
     """How many mask draws a run reads: those the stores hold when it starts, however many there are later.
 
-    Raises: StoreError where a run goes on and a draw is no longer there.
+    Args:
+        before: the state of a run that goes on.
+
+    Raises: StoreError where it does and a draw is no longer there.
     """
     have = min(cache.draws for cache in caches)
-    wanted = checkpoint.read_state(checkpoint.newest(run))["draws"] if resume else have
+    wanted = have if before is None else before["draws"]
     if have < wanted:
         poor = next(cache for cache in caches if cache.draws == have)
         raise StoreError(
@@ -96,16 +109,31 @@ def _draws(run: Path, caches: list[Cache], resume: bool) -> int:
     return wanted
 
 
-def _resumes(run: Path, resume: bool) -> bool:
-    """Whether there is a checkpoint to go on from. Raises CheckpointError where that is not what was asked for."""
+def _before(run: Path, resume: bool, init: Path | None, stage: int) -> tuple[dict[str, Any] | None, bool]:
+    """What a run that goes on has saved of itself, and whether with a checkpoint; None for a new run.
+
+    Raises: CheckpointError where that is not what was asked for, and where another start is asked for than the run's own.
+    """
     have = bool(checkpoint.checkpoints(run))
     if have and not resume:
         raise CheckpointError(f"{run} holds a run already; go on with --resume, or give another --out.")
-    if resume and not have:
-        if not (run / "settings.json").is_file():
-            raise CheckpointError(f"{run} holds no run to resume; leave --resume out.")
+    if not resume:
+        return None, False
+    if have:
+        state = checkpoint.read_state(checkpoint.newest(run))
+    else:
+        try:
+            state = json.loads((run / "settings.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            raise CheckpointError(f"{run} holds no run to resume; leave --resume out.") from None
         say(f"{run} stopped before its first checkpoint; it starts again")
-    return have
+    if state["stage"] != stage:
+        raise CheckpointError(f"{run} holds a run of stage {state['stage']}, not of stage {stage}; give another --out.")
+    own = state["init"]
+    if init is not None and (own is None or absolute(init) != absolute(Path(own))):
+        started = "without --init" if own is None else f"from {own}"
+        raise CheckpointError(f"{run} was started {started}, not from {init}; leave --init out.")
+    return state, have
 
 
 def train_stage1(
@@ -116,10 +144,12 @@ def train_stage1(
     Args:
         init: a stage-1 run to start from, for example an imported BLIP-2; what the Q-Former has not starts as new.
     """
-    resume = _resumes(run, resume)
+    own, resume = _before(run, resume, init, 1)
+    if own is not None and own["init"] is not None:
+        init = Path(own["init"])
     recipe = settings.stage1
     torch.manual_seed(settings.seed)
-    train, val, caches = _pairs(features, settings, model, "stage1")
+    train, val, caches = _pairs(features, settings, model, "stage1", None if own is None else own["draws"])
     stage1 = build_stage1(settings, model, train.tokenizer.vocabulary, train.tokenizer.begin)
     if settings.qformer.bert and init is None and not resume:
         from xformer.qformer import load_bert
@@ -138,7 +168,9 @@ def train_stage1(
             plain = {f"xformer.{n}" for n, _ in build_xformer(settings, "qformer", 1).named_parameters()}
         beside = set() if again else {n for n, _ in stage1.named_parameters() if n.startswith("xformer.")} - plain
         checkpoint.load_model(start, stage1, new=frozenset(beside))
-    described = _describe(settings, model, 1, train, _draws(run, caches, resume))
+    described = _describe(settings, model, 1, train, _draws(run, caches, own), init)
+    if own is not None:
+        refuse_other_run(run, own, described)
     loop = Loop(run, stage1, train, recipe, settings.data, settings.seed, described, resume)
 
     def losses_of(batch: Batch, captions: list[str], step: int, draws: torch.Generator) -> dict[str, Tensor]:
@@ -147,7 +179,8 @@ def train_stage1(
         return found
 
     def validate() -> tuple[dict[str, float], np.ndarray | None]:
-        return validate_stage1(stage1, val, recipe, loop.accelerator.device)
+        with loop.accelerator.autocast():
+            return validate_stage1(stage1, val, recipe, loop.accelerator.device)
 
     return loop.run(losses_of, validate)
 
@@ -163,13 +196,12 @@ def train_stage2(
         task: fine-tunes a stage-2 run instead, by the settings' `finetune`: on captions, or on questions with the loss on
             the answer only.
     """
-    resume = _resumes(run, resume)
+    own, resume = _before(run, resume, init, 2)
     asked = read_questions(questions, annotations) if task == "vqa" else None
-    if resume:
-        start = checkpoint.newest(run)
-        init, before = _own_start(start, run, init)
+    init = init or Path(own["init"] if own is not None else "runs/stage2" if task else "runs/stage1")
+    if own is not None and resume:
+        start, before = checkpoint.newest(run), own
     else:
-        init = init or Path("runs/stage2" if task else "runs/stage1")
         start, before = _start(init, 1, "stage 2") if task is None else _start(init, 2, "--task")
     if model is not None and model != before["model"]:
         raise CheckpointError(f"{init} is a {before['model']} run, --model says {model}; leave --model out.")
@@ -179,7 +211,7 @@ def train_stage2(
         settings = settings.model_copy(update={"stage2": settings.finetune})
     recipe = settings.stage2
     torch.manual_seed(settings.seed)
-    train, val, caches = _pairs(features, settings, model, "stage2", asked)
+    train, val, caches = _pairs(features, settings, model, "stage2", None if own is None else own["draws"], asked)
     compare_identities(before["identities"], caches[0].identities(), str(init), str(features[0]))
     stage2 = build_stage2(settings, model, settings.llm.spread)
     if task is None and not resume:  # the loop loads what goes on
@@ -187,10 +219,12 @@ def train_stage2(
     elif not resume:
         checkpoint.load_model(start, stage2)
         refuse_other_llm(before.get("llm", {}).get("sha256"), stage2.llm, str(start))
-    described = _describe(settings, model, 2, train, _draws(run, caches, resume)) | {"init": str(init), "task": task}
+    described = _describe(settings, model, 2, train, _draws(run, caches, own), init) | {"task": task}
     if asked is not None:
         described["questions"] = hashlib.sha256(repr(asked).encode()).hexdigest()
     described["llm"] = {"width": stage2.llm.width, "sha256": stage2.llm.sha256}
+    if own is not None:
+        refuse_other_run(run, own, described)
 
     def encode(texts: list[str], step: int | None) -> Text:
         if asked is None:
@@ -205,7 +239,8 @@ def train_stage2(
         return loop.model(batch, *(part.to(loop.accelerator.device) for part in encode(texts, step)))
 
     def validate() -> tuple[dict[str, float], np.ndarray | None]:
-        return validate_stage2(stage2, val, recipe, lambda texts: encode(texts, None), loop.accelerator.device)
+        with loop.accelerator.autocast():
+            return validate_stage2(stage2, val, recipe, lambda texts: encode(texts, None), loop.accelerator.device)
 
     return loop.run(losses_of, validate)
 
@@ -219,19 +254,6 @@ def _refuse_other_sizes(before: dict[str, Any], settings: Settings, init: Path, 
                 f"{section}.{difference} is {ours.get(difference)!r} here and {theirs[difference]!r} in {init}; "
                 "use the same settings in both stages."
             )
-
-
-def _own_start(start: Path, run: Path, init: Path | None) -> tuple[Path, dict[str, Any]]:
-    """What a stage-2 run that goes on at the checkpoint `start` was started from, and its state.
-
-    Raises: CheckpointError where another start is asked for.
-    """
-    state = checkpoint.read_state(start)
-    if state["stage"] != 2:
-        raise CheckpointError(f"{run} holds a run of stage {state['stage']}, not of stage 2; give another --out.")
-    if init is not None and absolute(init) != absolute(Path(state["init"])):
-        raise CheckpointError(f"{run} was started from {state['init']}, not from {init}; leave --init out.")
-    return Path(state["init"]), state
 
 
 def _start(init: Path, stage: int, who: str) -> tuple[Path, dict[str, Any]]:

@@ -14,13 +14,16 @@ from xformer.reconstruction import FrozenDecoder, grid, mean_predicted, panels
 from xformer.settings import Mae, Recipe
 from xformer.stage2 import Stage2, Text
 
+AT_ONCE = 128  # images of one pass at most: a training batch of many processes does not fit into one
+
 
 def validation_batches(pairs: Pairs, recipe: Recipe) -> list[np.ndarray]:
-    """The same pairs every time: the first caption of each image, in index order."""
+    """The same pairs every time, on any number of processes: the first caption of images spread evenly over all stores."""
     first = pairs.one_per_image()
-    size = min(recipe.batch, len(first))
-    count = min(recipe.validate_batches, len(first) // size) if size >= 2 else 0
-    return [first[i * size : (i + 1) * size] for i in range(count)]
+    size = min(recipe.batch, len(first), AT_ONCE)
+    count = min(recipe.validate_batches * recipe.batch, len(first)) // size if size >= 2 else 0
+    spread = first[np.arange(count * size) * len(first) // max(1, count * size)]
+    return [spread[i * size : (i + 1) * size] for i in range(count)]
 
 
 @torch.no_grad()

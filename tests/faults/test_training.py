@@ -16,9 +16,11 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+from pipeline import commits
 from tests.faults.report import ROOT, line
-from xformer import checkpoint, losses
+from xformer import checkpoint, losses, publish, train
 from xformer.errors import CheckpointError, SettingsError, StoreError, TrainingError
+from xformer.resume import refuse_other_run
 from xformer.settings import load_settings
 from xformer.train import train_stage1
 
@@ -187,10 +189,52 @@ def test_a_store_that_grows_is_read_as_it_was(features: Path, stage1: Path, smal
     ours, theirs = weights(run), weights(stage1)
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
     shutil.rmtree(checkpoint.newest(run))
+    commits.withdraw(store, "mae/draw-2/tokens", {1})  # as if that draw were being extracted still
+    with pytest.raises(StoreError, match="3 of 4 shards.*local.draws=2"):
+        train_stage1([store], tmp_path / "new", load_settings(overrides=small), "xformer", resume=False)
+    records = commits.committed(store, "mae/draw-2/kept")
+    records[0]["dead"] = [{"row": 0, "id": "0", "source": "s", "reason": "lost since"}]
+    commits.withdraw(store, "mae/draw-2/kept", {0})
+    commits.commit_file(store, "mae/draw-2/kept", 0).write_text(json.dumps(records[0]))
+    train_stage1([store], run, load_settings(overrides=small), "xformer", resume=True)
+    ours = weights(run)
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+    shutil.rmtree(checkpoint.newest(run))
     shutil.rmtree(store / "mae/draw-2")
     shutil.rmtree(store / "mae/draw-1")
     with pytest.raises(StoreError, match="reads 2 mask draws.*holds 1"):
         train_stage1([store], run, load_settings(overrides=small), "xformer", resume=True)
+
+
+def test_a_store_whose_dead_rows_came_back_is_told(stage1: Path, small: list[str], tmp_path: Path) -> None:
+    state = checkpoint.read_state(checkpoint.newest(stage1))
+    with pytest.raises(StoreError, match=r"was started with \[1\] pairs.*start a new run with --init"):
+        refuse_other_run(stage1, state | {"pairs": [1]}, state)
+
+
+def test_what_fails_in_validation_loses_no_step(
+    features: Path, stage1: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest, run = train.validate_stage1, tmp_path / "run"
+
+    def fails(*_: object) -> None:
+        raise torch.OutOfMemoryError("no memory left")
+
+    monkeypatch.setattr(train, "validate_stage1", fails)
+    wanted = [*small, "train.save_every=1000", "train.validate_every=3"]
+    for step in (3, 4):
+        with pytest.raises(torch.OutOfMemoryError):
+            train_stage1([features], run, load_settings(overrides=wanted), "xformer", resume=step > 3)
+        assert checkpoint.read_state(checkpoint.newest(run))["step"] == step
+    monkeypatch.setattr(train, "validate_stage1", honest)
+    summary = train_stage1([features], run, load_settings(overrides=wanted), "xformer", resume=True)
+    assert summary["validation"] == json.loads((stage1 / "summary.json").read_text())["validation"]
+
+
+def test_a_second_trainer_in_the_same_folder_is_refused(features: Path, small: list[str], tmp_path: Path) -> None:
+    with publish.exclusive(tmp_path / "run/.lock"), pytest.raises(CheckpointError, match="another trainer"):
+        train_stage1([features], tmp_path / "run", load_settings(overrides=small), "qformer", resume=False)
+    assert [file.name for file in (tmp_path / "run").iterdir()] == [".lock"]
 
 
 def test_what_would_change_the_samples_is_refused(

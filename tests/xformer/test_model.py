@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from xformer import validate
 from xformer.data import Cache, Pairs
 from xformer.model import build_stage1
 from xformer.settings import load_settings
@@ -48,6 +49,26 @@ def test_a_temperature_that_left_its_range_is_put_back_and_learns_on(pairs, outs
         stage1.temperature.detach()
     ) == pytest.approx(bound)
     assert gradient.isfinite() and gradient != 0
+
+
+def test_captions_that_the_model_reads_alike_are_not_each_others_negatives(pairs) -> None:
+    said = ["A red square.", "a red square", "a blue square"]
+    pairs._captions[0] = said + [pairs._captions[0][i] for i in range(3, 60)]
+    batch, captions = pairs.batch(np.array([0, 1, 2]), 0)
+    assert captions == said and batch.texts[0] == batch.texts[1] != batch.texts[2]
+
+
+def test_validation_reads_all_stores_in_passes_that_fit(pairs, monkeypatch: pytest.MonkeyPatch) -> None:
+    both = Pairs([pairs.caches[0]] * 2, "train", pairs.tokenizer, pairs.settings)
+    images = both.images
+    monkeypatch.setattr(validate, "AT_ONCE", 8)
+    recipe = pairs.settings.stage1.model_copy(update={"batch": 20, "validate_batches": 1})
+    chosen = validate.validation_batches(both, recipe)
+    assert [len(part) for part in chosen] == [8, 8] and images > 16
+    stores, rows, _ = both.places(np.concatenate(chosen))
+    assert (np.bincount(stores) == 8).all() and len(set(zip(stores.tolist(), rows.tolist(), strict=True))) == 16
+    every = recipe.model_copy(update={"validate_batches": 1000})
+    assert len(np.unique(np.concatenate(validate.validation_batches(both, every)))) == images // 8 * 8
 
 
 def test_reconstruction_sees_no_text(pairs) -> None:

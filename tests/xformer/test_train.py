@@ -107,6 +107,24 @@ def test_a_run_goes_on_with_other_settings_of_later_stages_and_says_that_threads
     assert "99 now" in capsys.readouterr().out
 
 
+def test_a_run_that_stopped_before_its_first_checkpoint_starts_again_as_it_was_started(
+    features: Path, stage1: Path, small: list[str], tmp_path: Path
+) -> None:
+    settings, run, again = load_settings(overrides=small), tmp_path / "run", tmp_path / "again"
+    train_stage1([features], run, settings, "xformer", resume=False, init=stage1)
+    again.mkdir()
+    shutil.copy(run / "settings.json", again)
+    with pytest.raises(CheckpointError, match="was started from .*stage1, not from"):
+        train_stage1([features], again, settings, "xformer", resume=True, init=run)
+    with pytest.raises(SettingsError, match="stage1.lr"):
+        other = load_settings(overrides=[*small, "stage1.lr=0.5"])
+        train_stage1([features], again, other, "xformer", resume=True)
+    train_stage1([features], again, settings, "xformer", resume=True)
+    assert same(again, run) and not same(again, stage1)
+    with pytest.raises(CheckpointError, match="was started without --init, not from"):
+        train_stage1([features], stage1, settings, "xformer", resume=True, init=run)
+
+
 def test_stage_2_goes_on_from_its_own_start(
     features: Path, stage1: Path, stage2: Path, small: list[str], tmp_path: Path
 ) -> None:
