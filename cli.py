@@ -58,7 +58,7 @@ class Dtype(StrEnum):
     int8 = "int8"
 
 
-NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS)
+NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EROFS, errno.EIO, errno.ESTALE)
 WRONG_PLACE = (errno.EEXIST, errno.ENOTDIR, errno.EISDIR)
 Preset = Annotated[str, typer.Option(help="tiny (a laptop, embedded weights) or paper.")]
 Config = Annotated[Path | None, typer.Option(help="A YAML file laid out as stages.yaml, holding any part of it.")]
@@ -747,6 +747,10 @@ def main(arguments: list[str] | None = None) -> None:
         )
         code = 3
     except Exception as error:
+        if _lost_another(error):  # whichever process failed says why
+            if os.environ["RANK"] == "0":
+                print("xformer: another process of this run ended; its own message says why.", file=sys.stderr)
+            raise SystemExit(3) from None
         if isinstance(error, MemoryError) or "out of memory" in str(error) or "allocate memory" in str(error):
             print(
                 "xformer: out of memory; make the batch, the model or the number of workers smaller.", file=sys.stderr
@@ -759,6 +763,13 @@ def main(arguments: list[str] | None = None) -> None:
         code = getattr(error, "exit_code", 2)
     if code:
         raise SystemExit(code)
+
+
+def _lost_another(error: Exception) -> bool:
+    """Whether a run of several processes broke here because another of them is gone (gloo's and NCCL's own errors)."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or not isinstance(error, RuntimeError):
+        return False
+    return type(error).__name__ in ("DistBackendError", "DistNetworkError") or "gloo/transport" in str(error)
 
 
 if __name__ == "__main__":

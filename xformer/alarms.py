@@ -5,6 +5,7 @@ for as long as its rule keeps speaking. Rules compare a run with what needs no l
 and the first steps do not sound.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,9 +14,9 @@ from xformer.losses import ITM_CONSTANT
 
 LINES = 5  # of training in a row that must show it
 VALIDATIONS = 2  # in a row that must show it
-ITM_PATIENCE = (
-    2000  # steps after the warm-up, or half of a shorter run: it may take some hundred steps to leave the constant
-)
+LINE_STEPS = 50  # of training, or fewer lines that are means over as many steps together
+ITM_PATIENCE = 2000  # steps after the warm-up, or half of a shorter run
+ITM_LEAST = 300  # but no less before the run ends: the tiny preset leaves the constant between steps 125 and 225
 ITM_MARGIN = 0.01  # below the constant predictor's loss; stuck runs stay within it
 MIN_RANK = 1.5  # effective rank of an image's output queries; 1 = all of them are the same vector up to their length
 MAX_WAIT = 0.5  # share of the time that a step waits for its batch: above it the reader decides the speed
@@ -33,19 +34,28 @@ class Plan:
 
 
 def itm_at_constant(lines: Sequence[Line], plan: Plan) -> str | None:
-    """ITM no better than guessing 1/3 always, in every line since ITM_PATIENCE steps."""
-    after = [line for line in _of(lines, "train", "itm") if line["step"] > plan.warmup]
+    """ITM no better than guessing 1/3 always, in every line since ITM_PATIENCE steps, or in the last half of a short run."""
+    seen = _of(lines, "train", "itm")
+    if not seen:
+        return None
+    last = seen[-1]["step"]
     patience = min(ITM_PATIENCE, plan.steps / 2)
-    if not after or after[-1]["step"] - plan.warmup < patience:
+    if last < plan.steps:
+        patience = max(patience, ITM_LEAST)
+    since = last - patience
+    if since < plan.warmup:
         return None
-    last = after[-1]["step"]
-    recent = [line for line in after if line["step"] > last - patience]
-    if len(recent) < LINES or min(line["itm"] for line in recent) < ITM_CONSTANT - ITM_MARGIN:
+    begun = [0, *(line["step"] for line in seen[:-1])]  # a line is the mean since the one before
+    recent = [(start, line["itm"]) for start, line in zip(begun, seen, strict=True) if start >= since]
+    if not recent or (len(recent) < LINES and last - recent[0][0] < LINE_STEPS):
         return None
+    if min(value for _, value in recent) < ITM_CONSTANT - ITM_MARGIN:
+        return None
+    longer = f"train longer than {last:,} steps, " if last < ITM_LEAST else ""
     return (
-        f"ITM has stayed at the loss of a constant guess ({ITM_CONSTANT:.4f}) from step {recent[0]['step']:,} to {last:,}, "
-        "so no match is learnt: raise stage1.hard_negatives_after or the batch, lower train.lr, and check that captions "
-        "belong to their images."
+        f"ITM has stayed at the loss of a constant guess ({ITM_CONSTANT:.4f}) from step {recent[0][0] + 1:,} to {last:,}, "
+        f"so no match is learnt: {longer}raise stage1.hard_negatives_after or the batch, lower train.lr, and check that "
+        "captions belong to their images."
     )
 
 
@@ -86,11 +96,24 @@ def reader_is_slow(lines: Sequence[Line], plan: Plan) -> str | None:
     )
 
 
+def validation_not_finite(lines: Sequence[Line], plan: Plan) -> str | None:
+    """The last validation measured what is no number."""
+    seen = [line for line in lines if line["event"] == "validate"][-1:]
+    names = [key for line in seen for key, value in line.items() if _no_number(value)]
+    if not names:
+        return None
+    return (
+        f"validation is not finite ({', '.join(names)}), while the steps are: check the held-out features (xformer store "
+        "verify), and try train.precision=fp32 or a lower train.lr from the last good checkpoint."
+    )
+
+
 RULES: dict[str, Callable[[Sequence[Line], Plan], str | None]] = {
     "itm_at_constant": itm_at_constant,
     "queries_collapsed": queries_collapsed,
     "reconstruction_at_mean": reconstruction_at_mean,
     "reader_is_slow": reader_is_slow,
+    "validation_not_finite": validation_not_finite,
 }
 
 
@@ -100,4 +123,11 @@ def sounding(lines: Sequence[Line], plan: Plan) -> dict[str, str]:
 
 
 def _of(lines: Sequence[Line], event: str, key: str) -> list[Line]:
-    return [line for line in lines if line["event"] == event and key in line]
+    """Those that have the figure. Lines with a figure that is no number have an alarm of their own."""
+    return [
+        line for line in lines if line["event"] == event and key in line and not any(map(_no_number, line.values()))
+    ]
+
+
+def _no_number(value: object) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)

@@ -12,15 +12,17 @@ from pathlib import Path
 from typing import Any
 
 from xformer import publish
+from xformer.alarms import ITM_MARGIN
 from xformer.console import say, table
 from xformer.errors import CheckpointError, SettingsError
+from xformer.losses import ITM_CONSTANT
 from xformer.monitor import read_log
 from xformer.resume import HARMLESS, unread
 
 T_975 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}  # Student's t
 INSIDE = 0.9  # of all points must lie in the band; a further seed has 95% of them there on average
 SPEED = {"epoch", "draw", "lr", "samples_per_second", "data_wait", "memory_mib", "seconds_left", "temperature"}
-CONSTANT = {"itm_constant", "recall1_of"}
+CONSTANT = {"itm_constant", "recall1_of", "reconstruction_of_mean"}  # of the data, whatever a run learns
 Curve = dict[int, list[float]]  # step -> the value of each seed
 
 
@@ -151,6 +153,16 @@ def inside(curve: Curve, reference: Curve) -> list[bool]:
     return found
 
 
+def itm_at_constant(reference: Record) -> list[int]:
+    """The steps, in training or validation, where the recorded seeds match no better than a constant guess (on average).
+
+    A run whose ITM is broken lies in the band there.
+    """
+    curves = [curves["itm"] for curves in reference.curves.values() if "itm" in curves]
+    at = {step for c in curves for step, v in c.items() if sum(v) / len(v) >= ITM_CONSTANT - ITM_MARGIN}
+    return sorted(at)
+
+
 def compare(first: Path, second: Path, out: Path) -> dict[str, Any]:
     """Prints and writes OUT/compare.json and compare.png. Returns what the JSON holds.
 
@@ -212,6 +224,7 @@ def _against_band(run: Record, reference: Record, differ: dict[str, tuple[Any, A
         "points_inside": within,
         "points": total,
         "by_figure": by_name,
+        "itm_at_constant": itm_at_constant(reference),
         "other_settings": [key for key in differ if key != "seed" and key.rpartition(".")[2] not in HARMLESS],
     }
 
@@ -239,6 +252,11 @@ def _show(report: dict[str, Any]) -> None:
         where = "inside" if found["inside"] else "outside"
         counts = f"{found['points_inside']} of {found['points']} points of the curves"
         say(f"{counts} lie in the band of {found['reference']}: {where} ({INSIDE:.0%} are asked for).")
+        if steps := found["itm_at_constant"]:
+            say(
+                f"At steps {steps[0]:,} to {steps[-1]:,} the recorded ITM is itself at the loss of a constant guess "
+                f"({ITM_CONSTANT:.4f}): there the band does not tell whether matching is learnt."
+            )
         if other := found["other_settings"]:
             say(f"The band was recorded with other settings ({', '.join(other[:6])}), so it may not apply.")
 

@@ -169,9 +169,11 @@ class RunView:
         )
         names = [name for name in names if name != "left"] or ["step"]
         widths = {name: max(len(name), *(len(c.get(name, "")) for c in cells)) + 3 for name in names if cells}
-        for name in _FIRST_TO_GO:  # on a narrow terminal; log.jsonl has them
+        gone = []
+        for name in _FIRST_TO_GO:  # on a narrow terminal: these stand in the line below
             if sum(widths.values()) > self.console.width and widths.pop(name, None):
                 names.remove(name)
+                gone.append(name)
         drawn = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1), pad_edge=False)
         for name in names:
             drawn.add_column(name, justify="right", no_wrap=True)
@@ -180,7 +182,10 @@ class RunView:
             drawn.add_row(*[found.get(name, "") for name in names], style=style)
         left = "?" if self.left is None else duration(self.left)
         share = self.done / max(1, self.steps)
-        below = [Text(f"step {self.done:,}/{self.steps:,} ({share:.0%}) | loss {self.loss:.3f} | {left} left")]
+        state = [f"step {self.done:,}/{self.steps:,} ({share:.0%})", f"loss {self.loss:.3f}", f"{left} left"]
+        trained = next((c for line, c in zip(shown[::-1], cells[::-1], strict=True) if line["event"] == "train"), {})
+        state += [f"{name} {trained[name]}" for name in reversed(gone) if name in trained]
+        below = [Text(" | ".join(state))]
         if validated := [line for line in self.lines if line["event"] == "validate"]:
             step, *more = ((n, text) for n, text in _figures(validated[-1]).items() if n not in names or n == "step")
             told = " | ".join(f"{name} {text}" for name, text in more)

@@ -177,6 +177,7 @@ class Loop:
                         monitor.validated(done, measured, picture)
                     stopping = self.stopping and not last
                     if main and (done % recipe.save_every == 0 or last or stopping):
+                        monitor.sync()
                         self._save(done, read.epoch, began, measured)
                     if stopping:
                         accelerator.wait_for_everyone()  # a launcher ends all processes when the first one ends

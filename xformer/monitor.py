@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -109,6 +110,10 @@ class Monitor:
             file.parent.mkdir(exist_ok=True)
             Image.fromarray(picture).save(file)
             self.trackers.picture(file, picture, done)
+
+    def sync(self) -> None:
+        """The log is on the disk before a checkpoint is, so that no power cut leaves one without its lines."""
+        os.fsync(self.log.fileno())
 
     def _tell(self, line: dict[str, Any]) -> None:
         self.lines.append(line)

@@ -5,10 +5,12 @@ of LAVIS's loss, which sums the losses of all distinct answers with those weight
 """
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,7 +42,10 @@ class Question:
 def read_questions(questions: Path | None, annotations: Path | None) -> list[Question]:
     """VQAv2's two files, or one list of objects with image_id, question and answer, as `train/qa.json` of the shapes.
 
-    Raises: SettingsError where no file is named, EvaluationError where one cannot be read as such.
+    There `answer` is a text, or a list of texts, one per annotator, as in LAVIS's vqa_train.json: what several gave is
+    drawn more often, as in VQAv2's annotations.
+
+    Raises: SettingsError where no file is named, EvaluationError where one cannot be read as such, with the entry.
     """
     if questions is None:
         raise SettingsError(
@@ -51,8 +56,10 @@ def read_questions(questions: Path | None, annotations: Path | None) -> list[Que
         where = f"--questions {questions}"
         rows = [need(row, ("image_id", "question", "answer"), where) for row in content]
         found = [
-            Question(str(i), str(r["image_id"]), str(r["question"]), (str(r["answer"]),)) for i, r in enumerate(rows)
-        ]
+            Question(str(i), str(r["image_id"]), _text(r["question"], f"{where}: entry {i}: question"),
+                     _answers(r["answer"], f"{where}: entry {i}: answer"))
+            for i, r in enumerate(rows)
+        ]  # fmt: skip
     elif annotations is None:
         raise SettingsError(f"--questions {questions} holds no answers; give its --annotations too.")
     else:
@@ -61,6 +68,21 @@ def read_questions(questions: Path | None, annotations: Path | None) -> list[Que
     if not found:
         raise EvaluationError(f"--questions {questions}: holds no questions.")
     return found
+
+
+def _answers(given: Any, where: str) -> tuple[str, ...]:
+    """What each annotator said. Raises EvaluationError for no answer, and for one that is no text."""
+    if not isinstance(given, list):
+        return (_text(given, where),)
+    if not given:
+        raise EvaluationError(f"{where} is an empty list; give at least one answer, or leave the question out.")
+    return tuple(_text(one, where) for one in given)
+
+
+def _text(given: Any, where: str) -> str:
+    if isinstance(given, bool) or not isinstance(given, str | int) or not str(given).strip():
+        raise EvaluationError(f"{where} is {json.dumps(given)}, not a text; write one, or leave the question out.")
+    return str(given)
 
 
 def refuse_missing_images(questions: Sequence[Question], caches: list[Cache]) -> None:

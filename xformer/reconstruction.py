@@ -40,6 +40,10 @@ class FrozenDecoder(nn.Module):
         self.patch: int = model.config.patch_size
         self.norm_pix: bool = bool(model.config.norm_pix_loss)
 
+    def train(self, mode: bool = True) -> "FrozenDecoder":
+        """Stays in evaluation mode: a frozen decoder drops nothing."""
+        return super().train(False)
+
     def forward(self, local: Tensor, kept: Tensor) -> Tensor:
         """M' [B, 1 + visible, W] and kept bool [B, patches] -> [B, patches, patch * patch * 3]."""
         return self.decoder(local, restore_order(kept)).logits

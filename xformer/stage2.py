@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, OPTForCausalLM
 
-from xformer.errors import CheckpointError, WeightsError
+from xformer.errors import CheckpointError, SettingsError, WeightsError
 from xformer.gather import mean_over_ranks
 from xformer.local import rebuilds
 from xformer.losses import reconstruction
@@ -141,6 +141,17 @@ def question_text(llm: FrozenLlm, questions: list[str], answers: list[str], sett
     """Questions in the prompt that they are evaluated with, without a loss, and their answers with one."""
     prompts = [settings.eval.prompt.replace("{}", question) for question in questions]
     return llm.encode_targets(prompts, [f" {answer}" for answer in answers], settings.stage2.max_text)
+
+
+def refuse_long_text(llm: FrozenLlm, settings: Settings, section: str) -> None:
+    """Raises SettingsError where queries and the longest text that `section` allows exceed the language model's context."""
+    text, queries = settings.stage2.max_text, settings.qformer.queries
+    if text + queries > llm.context:
+        raise SettingsError(
+            f"{section}.max_text is {text:,} tokens, with {queries} image tokens (qformer.queries) before them, and the "
+            f"language model's context (max_position_embeddings) is {llm.context:,}: set it to at most "
+            f"{llm.context - queries:,}."
+        )
 
 
 def refuse_other_llm(trained_with: str | None, llm: FrozenLlm, checkpoint_name: str) -> None:

@@ -23,7 +23,7 @@ from xformer.questions import Question, read_questions, refuse_missing_images, r
 from xformer.resume import refuse_other_run
 from xformer.saved import opened
 from xformer.settings import Settings
-from xformer.stage2 import Text, build_stage2, caption_text, question_text, refuse_other_llm
+from xformer.stage2 import Text, build_stage2, caption_text, question_text, refuse_long_text, refuse_other_llm
 from xformer.text import TextTokenizer, bert_state
 from xformer.validate import validate_stage1, validate_stage2
 
@@ -214,6 +214,7 @@ def train_stage2(
     train, val, caches = _pairs(features, settings, model, "stage2", None if own is None else own["draws"], asked)
     compare_identities(before["identities"], caches[0].identities(), str(init), str(features[0]))
     stage2 = build_stage2(settings, model, settings.llm.spread)
+    refuse_long_text(stage2.llm, settings, "stage2" if task is None else "finetune")
     if task is None and not resume:  # the loop loads what goes on
         checkpoint.load_model(start, stage2.xformer, prefix="xformer.")
     elif not resume:

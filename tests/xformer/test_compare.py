@@ -80,6 +80,31 @@ def test_a_run_of_the_same_recipe_lies_in_the_band_and_another_does_not(
     assert compare(reference.parent, seeds[2], tmp_path / "c")["band"]["inside"]
 
 
+def test_constants_of_the_data_are_no_points_and_a_band_at_the_constant_predictor_says_so(
+    reference: Path, seeds: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    content = json.loads(reference.read_text())
+    constants = {"reconstruction_of_mean", "itm_constant", "recall1_of"}
+    old = content["curves"]["validate"]  # as recorded before they were left out
+    old |= {name: {"steps": [4], "values": [[0.3, 0.3]]} for name in constants}
+    content["curves"]["train"]["itm"] = {
+        "steps": [1, 2, 3, 4],
+        "values": [[0.65, 0.64], [0.637, 0.636], [0.6, 0.5], [0.4, 0.4]],
+    }
+    old["itm"] = {"steps": [4], "values": [[0.4, 0.4]]}
+    file = tmp_path / "stage1.json"
+    file.write_text(json.dumps(content))
+    found = compare(seeds[2], file, tmp_path / "out")["band"]
+    assert not {name for figure in found["by_figure"] for name in constants if figure.endswith("/" + name)}
+    assert found["itm_at_constant"] == [1, 2]
+    assert "At steps 1 to 2 the recorded ITM is itself at the loss of a constant guess" in capsys.readouterr().out
+    old["itm"]["values"] = content["curves"]["train"]["itm"]["values"] = [[0.4, 0.4]]
+    content["curves"]["train"]["itm"]["steps"] = [4]
+    file.write_text(json.dumps(content))
+    assert compare(seeds[2], file, tmp_path / "out")["band"]["itm_at_constant"] == []
+    assert "constant guess" not in capsys.readouterr().out
+
+
 def test_a_value_off_the_band_is_found() -> None:
     curve = {10: [1.0, 1.1, 0.9], 20: [0.5, 0.52, 0.48]}
     assert inside({10: [1.05], 20: [0.9], 30: [7.0]}, curve) == [True, False]

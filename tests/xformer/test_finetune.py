@@ -14,7 +14,7 @@ from xformer.errors import CheckpointError, EvaluationError, SettingsError
 from xformer.monitor import read_log
 from xformer.questions import Question, read_questions
 from xformer.settings import load_settings
-from xformer.stage2 import FrozenLlm, caption_text, question_text
+from xformer.stage2 import FrozenLlm, caption_text, question_text, refuse_long_text
 from xformer.train import train_stage2
 
 
@@ -78,6 +78,41 @@ def test_answers_are_drawn_as_often_as_they_were_given() -> None:
     assert drawn == [question.drawn_answer(0, step) for step in range(1000)]
     assert drawn != [question.drawn_answer(1, step) for step in range(1000)]
     assert abs(Counter(drawn)["2"] - 700) < 60 and question.frequent_answer() == "2"
+
+
+@pytest.mark.parametrize(("section", "task"), [("stage2", None), ("finetune", "caption")])
+def test_texts_longer_than_the_language_models_context_are_refused_before_the_first_step(
+    features: Path, stage1: Path, stage2: Path, small: list[str], tmp_path: Path, section: str, task
+) -> None:
+    start = stage1 if task is None else stage2
+    settings = load_settings(overrides=[*small, f"{section}.max_text=241"])
+    with pytest.raises(SettingsError, match=rf"{section}\.max_text is 241 tokens, with 16 .* is 256: .* at most 240\."):
+        train_stage2([features], start, tmp_path / "out", settings, None, False, task)
+    assert not (tmp_path / "out").exists()
+    refuse_long_text(FrozenLlm("embedded:llm", "fp32"), load_settings(overrides=["stage2.max_text=240"]), "stage2")
+
+
+@pytest.mark.parametrize(
+    "answer", ["", "  ", None, [], ["red", ""], ["red", None], [["red"]], {"answer": "red"}, True, 1.5]
+)
+def test_an_answer_that_is_no_text_is_refused_with_its_entry(tmp_path: Path, answer) -> None:
+    rows = [{"image_id": 1, "question": "What?", "answer": a} for a in ("red", answer)]
+    (tmp_path / "qa.json").write_text(json.dumps(rows))
+    with pytest.raises(EvaluationError, match=r"qa\.json: entry 1: answer is .*leave the question out\.$"):
+        read_questions(tmp_path / "qa.json", None)
+
+
+def test_a_question_that_is_no_text_is_refused_with_its_entry(tmp_path: Path) -> None:
+    (tmp_path / "qa.json").write_text(json.dumps([{"image_id": 1, "question": None, "answer": "red"}]))
+    with pytest.raises(EvaluationError, match=r"entry 0: question is null, not a text"):
+        read_questions(tmp_path / "qa.json", None)
+
+
+def test_a_list_of_answers_is_what_each_annotator_said(tmp_path: Path) -> None:
+    rows = [{"image_id": 1, "question": "What?", "answer": a} for a in (["red", "blue", "red"], 3)]
+    (tmp_path / "qa.json").write_text(json.dumps(rows))
+    several, number = read_questions(tmp_path / "qa.json", None)
+    assert several.answers == ("red", "blue", "red") and several.frequent_answer() == "red" and number.answers == ("3",)
 
 
 QUICK = ["train.max_steps=25", "train.batch=24", "train.lr=3e-3", "train.warmup=2", "train.log_every=5",

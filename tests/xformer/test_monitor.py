@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +38,10 @@ BAD = {
     "queries_collapsed": [validated(100, rank=1.2), validated(200, rank=1.1)],
     "reconstruction_at_mean": [validated(100, error=0.31), validated(200, error=0.30)],
     "reader_is_slow": [train(50 * n, wait=0.7) for n in range(1, 7)],
+    "validation_not_finite": [
+        validated(100, error=math.nan, rank=math.nan),
+        validated(200, error=math.nan, rank=math.nan),
+    ],
 }
 # what comes close and must be silent
 NEARLY = {
@@ -66,6 +71,30 @@ def test_each_alarm_sounds_alone_and_says_what_to_try(name: str) -> None:
 @pytest.mark.parametrize("lines", NEARLY.values(), ids=NEARLY)
 def test_what_comes_close_is_silent(lines: list[dict]) -> None:
     assert not alarms.sounding(lines, PLAN)
+
+
+def curve(*values: float) -> list[dict]:
+    return [train(25 * n, itm=value) for n, value in enumerate(values, 1)]
+
+
+LEAVES = curve(0.651, 0.649, 0.639, 0.637, 0.637, 0.637, 0.636, 0.634, 0.630, 0.588, 0.503, 0.438)  # the slowest seen
+
+
+@pytest.mark.parametrize("steps", [200, 250, 300, 540])
+def test_a_short_run_that_is_learning_to_match_is_silent_all_the_way(steps: int) -> None:
+    for n in range(len(LEAVES) + 1):
+        ended = n * 25 >= steps and LEAVES[n - 1]["itm"] > ITM_CONSTANT - alarms.ITM_MARGIN
+        assert ended or not alarms.sounding(LEAVES[:n], Plan(steps, 40, 16)), n
+
+
+@pytest.mark.parametrize("steps", [100, 150, 200, 250, 300, 540])
+def test_a_short_run_that_ends_at_the_constant_says_so(steps: int) -> None:
+    stuck, plan = curve(*[0.6365] * (steps // 25)), Plan(steps, 40, 16)
+    if steps % 25:
+        stuck.append(train(steps, itm=0.6365))  # the loop logs the last step
+    assert not any(alarms.sounding(stuck[:n], plan) for n in range(13) if 25 * n < min(300, steps))
+    says = alarms.sounding(stuck, plan)["itm_at_constant"]
+    assert f"to {steps}" in says and (f"train longer than {steps} steps" in says) == (steps < 300)
 
 
 def monitor(folder: Path, start: int = 0) -> Monitor:
@@ -131,6 +160,21 @@ def test_the_live_table_shows_losses_speed_and_alarms(monkeypatch: pytest.Monkey
     view.console = Console(file=io.StringIO(), width=60, record=True)
     view.console.print(view.render())
     assert "…" not in view.console.export_text()  # columns go before numbers are cut
+    view.lines[0] |= {"itg": 5.125, "reconstruction": 0.25, "itm_accuracy": 0.7, "gradient_norm": 1.5}
+    view.console = Console(file=io.StringIO(), width=80, record=True)
+    view.console.print(view.render())
+    (below,) = [line for line in view.console.export_text().splitlines() if "1:15 left" in line]
+    assert "| MiB 812" in below and len(below.rstrip()) <= 80  # what has no column stands below
+
+
+def test_the_log_is_on_the_disk_before_a_checkpoint_is(
+    features: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened = []
+    monkeypatch.setattr(Monitor, "sync", lambda self: happened.append("log"))
+    monkeypatch.setattr("xformer.checkpoint.save", lambda *_: happened.append("checkpoint"))
+    train_stage1([features], tmp_path / "run", load_settings(overrides=small), "qformer", resume=False)
+    assert happened == ["log", "checkpoint"] * (len(happened) // 2) and happened
 
 
 def test_lines_are_plain_where_there_is_no_terminal(features: Path, small: list[str], tmp_path: Path, capfd) -> None:
