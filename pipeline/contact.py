@@ -3,14 +3,12 @@
 The picture is the cached one; of a store without pixels it is decoded again from where the extraction had it.
 """
 
-import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from pipeline import images, masks, provenance
-from pipeline.corpora import read_image
+from pipeline.encode import planned_image
 from pipeline.reader import FeatureArray
 from pipeline.store import FeatureStore
 from pipeline.upkeep import rows_of
@@ -42,16 +40,18 @@ def contact_sheet(path: Path, ids: list[str], count: int, out: Path) -> list[str
     usable = np.array([row for row in range(opened.index.count) if row not in dead])
     spread = np.linspace(0, len(usable) - 1, min(count, len(usable))).astype(int)
     rows = rows_of(path, ids) if ids else usable[spread]
+    if not len(rows):
+        raise StoreError(f"{path} has no row to show: all are dead letters.")
     figure, axes = plt.subplots(
         len(rows), 1 + len(arrays), figsize=(1.9 * (1 + len(arrays)), 2.1 * len(rows)), squeeze=False
     )
-    made, shown = provenance.read(path, next(iter(arrays))), []
+    shown = []
     for line, row in zip(axes, rows, strict=True):
         shard, inner = divmod(int(row), opened.index.shard_rows)
         record = opened.index.shard(shard)[inner]
         shown.append(record["id"])
         pixels = _pixels(opened, 0, int(row))
-        pixels = _decoded(made, record) if pixels is None else pixels
+        pixels = _decoded(path, next(iter(arrays)), record) if pixels is None else pixels
         line[0].set_title(f"row {row}, id {record['id']}"[:28], fontsize=7)
         if isinstance(pixels, str):
             line[0].text(0.5, 0.5, pixels, ha="center", va="center", fontsize=6, wrap=True)
@@ -70,21 +70,21 @@ def contact_sheet(path: Path, ids: list[str], count: int, out: Path) -> list[str
 
 
 def _pixels(opened: FeatureStore, view: int, row: int) -> np.ndarray | None:
+    """uint8 [S, S, 3]; None where pixels are not cached, or not for every row."""
     name = f"pixels/view-{view}"
-    return opened.array(name).read([row])[0].transpose(1, 2, 0) if name in opened.names() else None
+    array = opened.array(name) if name in opened.names() else None
+    return array.read([row])[0].transpose(1, 2, 0) if array and not array.missing_shards else None
 
 
-def _decoded(made: dict[str, Any], record: dict) -> np.ndarray | str:
-    """The picture of a row from its source, uint8 [S, S, 3], or why there is none."""
+def _decoded(path: Path, name: str, record: dict) -> np.ndarray | str:
+    """The picture of a row from where an array's extraction had it, uint8 [S, S, 3], or why there is none."""
     try:
-        content, settings = read_image(Path(made["images"]), record["location"]), made["settings"]
-        if hashlib.sha256(content).digest() != record["sha256"]:
-            return "no picture: the source has changed"
-        image = images.decode(content, settings["corpus"]["max_image_pixels"])
-        return images.evaluation_view(image, settings["image_size"]).transpose(1, 2, 0)
+        settings, root = provenance.how(path, name, None)
+        image = images.decode(planned_image(root, record), settings.corpus.max_image_pixels)
+        return images.evaluation_view(image, settings.image_size).transpose(1, 2, 0)
     except OSError as error:
         return f"no picture: {error.strerror}"
-    except images.BadImage as error:
+    except (images.BadImage, StoreError) as error:
         return f"no picture: {error}"
 
 

@@ -23,5 +23,8 @@ def test_a_store_without_pixels_shows_the_source_or_says_that_it_is_gone(
     (tmp_path / "1.png").unlink()
     assert contact.contact_sheet(tmp_path / "s.zarr", [], 2, tmp_path / "rows.png") == ["0.png", "1.png"]
     assert (drawn[0] == (255, 0, 0)).all() and drawn[1] == "no picture: No such file or directory"
+    (tmp_path / "s.zarr/clip/5/tokens/made.json").unlink()
+    contact.contact_sheet(tmp_path / "s.zarr", ["1.png"], 1, tmp_path / "none.png")
+    assert "nobody knows how clip/5/tokens was made" in drawn[2]
     sheet = np.asarray(Image.open(tmp_path / "rows.png").convert("RGB"))
     assert (sheet == (255, 0, 0)).all(-1).sum() > 1000  # the picture is on the sheet
