@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, BinaryIO
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -103,35 +103,36 @@ def _said(file: Path) -> int | None:
 
 
 def _samples(root: Path, file: Path) -> Iterator[Row]:
-    key, parts = "", {}
-    for member in tars.members(file):
-        path = PurePosixPath(member.name)
-        stem, _, extension = path.name.partition(".")
-        now = str(path.parent / stem)
-        if now != key:
-            yield from _sample(root, file, parts)
-            key, parts = now, {}
-        extension = f".{extension.lower()}"
-        if extension in parts:
-            raise CorpusError(f"{file}: the member {member.name!r} stands twice in one sample.")
-        parts[extension] = member
-    yield from _sample(root, file, parts)
+    key, parts, name = "", {}, file.relative_to(root).as_posix()
+    with file.open("rb") as stream:
+        for member in tars.members(file, stream):
+            path = PurePosixPath(member.name)
+            stem, _, extension = path.name.partition(".")
+            now = str(path.parent / stem)
+            if now != key:
+                yield from _sample(name, stream, parts)
+                key, parts = now, {}
+            extension = f".{extension.lower()}"
+            if extension in parts:
+                raise CorpusError(f"{file}: the member {member.name!r} stands twice in one sample.")
+            parts[extension] = member
+        yield from _sample(name, stream, parts)
 
 
-def _sample(root: Path, file: Path, parts: dict[str, tars.Member]) -> Iterator[Row]:
+def _sample(tar: str, stream: BinaryIO, parts: dict[str, tars.Member]) -> Iterator[Row]:
     picture = next((parts[e] for e in sorted(parts) if e in PICTURES), None)
     if picture is None:
         return
     captions, reason = (), ""
     try:
-        captions = _caption(file, parts)
+        captions = _caption(stream, parts)
     except ValueError as error:
         reason = str(error)
-    location = f"{file.relative_to(root).as_posix()}:{picture.offset}+{picture.size}"
+    location = f"{tar}:{picture.offset}+{picture.size}"
     yield Row(image_id(picture.name), location, captions, reason=reason)
 
 
-def _caption(file: Path, parts: dict[str, tars.Member]) -> tuple[str, ...]:
+def _caption(stream: BinaryIO, parts: dict[str, tars.Member]) -> tuple[str, ...]:
     """A sample's one caption, or none. Raises ValueError with the reason where it cannot be read."""
     for extension in (".txt", ".json"):
         if (member := parts.get(extension)) is None:
@@ -139,7 +140,8 @@ def _caption(file: Path, parts: dict[str, tars.Member]) -> tuple[str, ...]:
         if member.size > MAX_TEXT_BYTES:
             raise ValueError(f"its {extension} has {member.size} bytes, more than {MAX_TEXT_BYTES}")
         try:
-            text = tars.read(file, member.offset, member.size).decode("utf-8")
+            stream.seek(member.offset)
+            text = stream.read(member.size).decode("utf-8")
             caption = text if extension == ".txt" else json.loads(text).get("caption")
         except (ValueError, AttributeError, RecursionError) as error:
             raise ValueError(f"its {extension} cannot be read: {error}") from None

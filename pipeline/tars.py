@@ -10,6 +10,7 @@ leaves (a download that was preallocated and broke off), is an error.
 
 import os
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
@@ -34,9 +35,13 @@ class Member:
     size: int
 
 
-def members(path: Path) -> Iterator[Member]:
-    """The regular files of a tar in order. Raises CorpusError, with the offset, for anything hostile or damaged."""
-    with path.open("rb") as file:
+def members(path: Path, opened: BinaryIO | None = None) -> Iterator[Member]:
+    """The regular files of a tar in order. Raises CorpusError, with the offset, for anything hostile or damaged.
+
+    Args:
+        opened: the tar, where the caller reads members too, between two of them: each open of a file on a server costs.
+    """
+    with nullcontext(opened) if opened else path.open("rb") as file:
         total = os.fstat(file.fileno()).st_size
         began, offset, name, size, chain = 0, 0, "", -1, 0
         while True:
@@ -73,16 +78,6 @@ def members(path: Path) -> Iterator[Member]:
                     yield Member(_safe(name or raw_name, path, offset), data, length)
                 name, size, chain = "", -1, 0
             offset = after
-
-
-def read(path: Path, offset: int, size: int) -> bytes:
-    """The bytes of one member. Raises OSError where the tar is shorter."""
-    with path.open("rb") as file:
-        file.seek(offset)
-        content = file.read(size)
-    if len(content) != size:
-        raise OSError(0, f"{path} is shorter than when it was indexed")
-    return content
 
 
 def _block(file: BinaryIO, path: Path, offset: int, total: int) -> bytes:
