@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -159,6 +160,51 @@ def test_a_full_disk_while_saving_keeps_the_old_checkpoint(
     assert [c.name for c in checkpoint.checkpoints(tmp_path / "run")] == ["step-00000002"]
     assert [f.name for f in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000002"]
     line("the disk is full while saving", 1, 1)
+
+
+def test_of_two_processes_the_one_that_cannot_save_says_so_and_the_other_leaves_quietly(
+    features: Path, small: list[str], tmp_path: Path
+) -> None:
+    """A real EFBIG on rank 0; rank 1, without a launcher that ends it, finds the group broken."""
+    words = ["train", "--stage", "1", "--features", str(features), "--out", str(tmp_path / "run"), "--model", "qformer"]
+    words += [word for override in small for word in ("--set", override)]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
+             "OMP_NUM_THREADS": "1"}  # fmt: skip
+    ranks = []
+    for rank in ("0", "1"):
+        command = [sys.executable, "-m", "cli", *words]
+        if rank == "0":
+            command = [
+                "bash",
+                "-c",
+                'ulimit -f 500; exec "$@"',
+                "bash",
+                *command,
+            ]  # KiB; a checkpoint has some thousand
+        environment = os.environ | group | {"RANK": rank, "LOCAL_RANK": rank}
+        ranks.append(subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True))
+    told = [process.communicate(timeout=300)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [3, 3], told
+    assert "xformer: File too large at" in told[0] and "--resume" in told[0]
+    assert not any("Traceback" in text for text in told) and "xformer:" not in told[1], told
+    assert not list((tmp_path / "run/checkpoints").iterdir())
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EFBIG, errno.EDQUOT])
+def test_a_disk_that_fails_while_saving_is_one_sentence(number: int, monkeypatch, capsys) -> None:
+    import cli
+
+    def fails(_: list[str]) -> None:
+        raise OSError(number, os.strerror(number), "model.safetensors")
+
+    monkeypatch.setattr(cli, "run_command", fails)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["train", "--stage", "1"])
+    (told,) = capsys.readouterr().err.splitlines()
+    assert stopped.value.code == 3 and os.strerror(number) in told and told.endswith("run again with --resume.")
 
 
 def test_a_full_disk_while_logging_names_the_file(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from xformer import validate
 from xformer.data import Cache, Pairs
 from xformer.model import build_stage1
 from xformer.settings import load_settings
+from xformer.stage2 import build_stage2
 from xformer.text import TextTokenizer, clean, generation_labels
 
 
@@ -16,6 +17,12 @@ def pairs(features):
     settings = load_settings()
     tokenizer = TextTokenizer(settings.qformer.text, 40, 50)
     return Pairs([Cache(features, settings, "xformer", pixels=True)], "train", tokenizer, settings)
+
+
+def test_what_is_frozen_stays_in_evaluation_mode_when_the_model_trains() -> None:
+    settings = load_settings()
+    frozen = [build_stage1(settings, "xformer", 20, 1).train().decoder, build_stage2(settings, "xformer").train().llm]
+    assert all(part is not None and not any(m.training for m in part.modules()) for part in frozen)
 
 
 def test_every_loss_reaches_the_dual_block_and_none_the_decoder(pairs) -> None:
