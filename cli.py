@@ -306,10 +306,12 @@ def store_verify(
     if json_file:
         publish.write_json(json_file, {"store": name, what: problems, "repaired": repaired})
     if problems and source:
-        raise StoreError(f"{len(problems)} pictures of {name} are not those that were planned; give them a new store.")
+        raise StoreError(
+            f"pictures of {name} that are not those that were planned: {len(problems)}; give a new --store."
+        )
     if problems:
         again = "what remains is said above" if repair else f"run: xformer store verify {name} --repair"
-        raise StoreError(f"{len(problems)} parts of {name} are damaged; {again}.")
+        raise StoreError(f"damaged parts of {name}: {len(problems)}; {again}.")
     for line in repaired:
         say(f"made again: {line}")
     say(f"{name}: " + ("every picture is the one that was planned" if source else "every committed shard is intact"))
@@ -342,6 +344,7 @@ def store_show(
 @store_app.command("fidelity")
 def store_fidelity(
     store: Annotated[Path, typer.Argument()],
+    images: Pictures = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Also write the result here.")] = None,
     quiet: Quiet = False,
 ) -> None:
@@ -349,7 +352,7 @@ def store_fidelity(
     _settings("tiny", None, None, None, quiet)
     from pipeline.fidelity import report
 
-    report(store, json_file)
+    report(store, json_file, images)
 
 
 @store_app.command("retry")

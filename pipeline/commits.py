@@ -15,7 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline import places
@@ -110,7 +109,8 @@ def _sealed(store: Path, name: str, columns: list[str] | None = None) -> pa.Tabl
         if not _intact(content):
             file = store / name / "commits" / part
             raise StoreError(f"{file}: damaged commit records; run: xformer store verify {store} --repair")
-        return pq.read_table(io.BytesIO(content), columns=columns)
+        # in this thread alone: one of Arrow's that still lets go of a Python object when the interpreter ends aborts it
+        return pq.ParquetFile(pa.BufferReader(content)).read(columns, use_threads=False)
     return RECORDS.empty_table()
 
 
@@ -131,7 +131,7 @@ def record(store: Path, name: str, shard: int) -> dict:
         return {}
     except FileNotFoundError:
         table = _sealed(store, name)
-        return next(iter(table.filter(pc.field("shard") == shard).to_pylist()), {})
+        return next(iter(table.filter(pa.array(table["shard"].to_numpy() == shard)).to_pylist()), {})
 
 
 @dataclass
@@ -171,7 +171,8 @@ def summary(store: Path, name: str, shards: int) -> Committed:
 
 def _older(table: pa.Table, loose: list[dict]) -> pa.Table:
     """The sealed records that no loose one replaces."""
-    return table.filter(~pc.field("shard").isin([record["shard"] for record in loose])) if loose else table
+    newer = np.isin(table["shard"].to_numpy(), [record["shard"] for record in loose])
+    return table.filter(pa.array(~newer)) if loose else table
 
 
 def reasons(store: Path, name: str) -> dict[int, str]:

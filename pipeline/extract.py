@@ -178,18 +178,17 @@ def extract(
         done: dict[str, set[int]] = {name: set() for name in names}
         known: dict[int, dict[int, dict]] = {}  # by shard, for all arrays of this pass
         dead: dict[int, dict] = {letter["row"]: letter for letter in index.dead()}
-        begun = False
+        begun: set[int] = set()  # shards of which there are features
         for name in store.array_names(path):
             records = store.committed(path, name)
-            begun |= bool(records)
+            begun |= records.keys()
             dead |= {letter["row"]: letter for record in records.values() for letter in record["dead"]}
             if name in done:
                 done[name] = set(records)
                 for shard, record in records.items():
                     known.setdefault(shard, {}).update({letter["row"]: letter for letter in record["dead"]})
         _check_dead(dead, index.count, settings)
-        if begun:
-            upkeep.check_sample(path, index, corpus.root, dead)
+        upkeep.check_sample(path, index, sorted(begun), corpus.root, dead)
         for kind in kinds:
             declare(path, index, specs[kind], settings, corpus, force)
         todo: cluster.Todo = {}

@@ -63,8 +63,11 @@ def _judge(name: str, measured: dict[str, float], settings: Settings, force: boo
         say(f"{text}; forced")
 
 
-def report(path: Path, json_file: Path | None, sample: int = SAMPLE) -> dict[str, Any]:
+def report(path: Path, json_file: Path | None, images: Path | None = None, sample: int = SAMPLE) -> dict[str, Any]:
     """Encodes a sample of the store's images again and compares every int8 array with it.
+
+    Args:
+        images: where the pictures lie now; left out, where they lay.
 
     Raises: StoreError where the store holds no int8 array, its images are gone, or, after the table and the JSON, where
     an array loses more than the store.int8_max_rmse that it was made with.
@@ -73,7 +76,7 @@ def report(path: Path, json_file: Path | None, sample: int = SAMPLE) -> dict[str
     passes: dict[tuple[str, Path], list[str]] = {}
     for name in opened.names():
         if opened.array(name).channels is not None:
-            settings, root = provenance.how(path, name, None)
+            settings, root = provenance.how(path, name, images)
             limits[name] = settings.store.int8_max_rmse
             passes.setdefault((settings.model_dump_json(), root), []).append(name)
     if not passes:

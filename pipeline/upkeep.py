@@ -129,13 +129,13 @@ def changed(path: Path, images: Path | None = None) -> list[str]:
     return found
 
 
-def check_sample(path: Path, index: Index, root: Path, dead: dict[int, Any]) -> None:
-    """Raises StoreError where one of a few images is not what it was when the store was planned.
+def check_sample(path: Path, index: Index, shards: list[int], root: Path, dead: dict[int, Any]) -> None:
+    """Raises StoreError where one of a few images of these shards is not what it was when the store was planned.
 
     The sample is the same each time: spread evenly, without dead rows.
     """
-    count = min(SAMPLE_SHARDS, index.shards)
-    shards = [place * index.shards // count for place in range(count)]
+    shards = [shards[place * len(shards) // SAMPLE_SHARDS] for place in range(SAMPLE_SHARDS)] if shards else []
+    shards = list(dict.fromkeys(shards))
     with ThreadPoolExecutor(READERS) as pool:
         for shard in shards:
             alive = [r for r in index.shard(shard) if r["status"] != "dead" and r["row"] not in dead]

@@ -119,6 +119,15 @@ def test_what_cannot_be_made_again_is_left_as_it_is_and_named(tmp_path: Path, ca
         repair(path, in_process=True)
 
 
+def test_a_picture_that_changed_before_its_shard_was_made_is_a_dead_letter(tmp_path: Path) -> None:
+    folder, path = world(tmp_path)
+    withdraw(path, "clip/5/tokens", {2})
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(folder / "09.png")
+    settings = load_settings(overrides=["store.shard_rows=4"])
+    report = extract(open_corpus(tmp_path / "list.csv", folder), path, ["clip"], settings, in_process=True)
+    assert [letter["id"] for letter in report["dead"]] == ["09.png"]
+
+
 def test_a_shard_that_is_gone_after_repair_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _, path = world(tmp_path)
     store.shard_file(path, "clip/5/tokens", 1, 3).unlink()
