@@ -190,7 +190,7 @@ def genome_rows(file: Path, root: Path) -> Iterator[Row]:
         try:
             key = int(element["id"] if "id" in element else element["image_id"])
             phrases = tuple(region["phrase"] for region in element["regions"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise CorpusError(f"{file}: not Visual Genome's region descriptions: {error!r}.") from None
         if odd := [phrase for phrase in phrases if not isinstance(phrase, str)]:
             raise CorpusError(f"{file}: a phrase of image {key} is {json.dumps(odd[0])[:60]}, not a text.")

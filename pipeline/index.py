@@ -36,6 +36,7 @@ ROWS = pa.schema(
     ]
 )
 CAPTIONS = pa.schema([("row", pa.int64()), ("text", pa.string())])
+MAX_CAPTION = 1 << 30  # bytes; a damaged offset asks for more
 HASHES = 65536  # images per chunk of the Zarr array of their sha256, which is not compressed
 
 
@@ -202,10 +203,14 @@ class Captions:
         offsets, texts = self._places[chunk].tolist()
         at = os.pread(self._file.fileno(), 8, offsets + 4 * (i - int(self._starts[chunk])))
         start, end = int.from_bytes(at[:4], "little"), int.from_bytes(at[4:], "little")
-        text = os.pread(self._file.fileno(), max(0, end - start), texts + start)
-        if len(at) < 8 or len(text) != end - start:
-            raise StoreError(f"{self._file.name} is damaged at caption {i}; restore it from a copy.")
-        return text.decode()
+        try:
+            if len(at) == 8 and 0 <= end - start <= MAX_CAPTION:
+                text = os.pread(self._file.fileno(), end - start, texts + start)
+                if len(text) == end - start:
+                    return text.decode()
+        except (OSError, UnicodeDecodeError):
+            pass
+        raise StoreError(f"{self._file.name} is damaged at caption {i}; restore it from a copy.")
 
 
 def file_sha256(file: Path) -> str:

@@ -191,3 +191,26 @@ def test_a_problem_of_this_machine_is_not_told_as_damage_of_the_store(
     monkeypatch.setattr(reader.os, "open", refuse)
     with pytest.raises(StoreError, match="Too many open files; the store itself is not damaged"):
         array.read([1])
+
+
+@pytest.mark.parametrize("flips", [60, pytest.param(600, marks=pytest.mark.slow)])
+def test_captions_and_rows_with_flipped_bits_are_read_or_one_sentence(
+    features: Path, tmp_path: Path, flips: int
+) -> None:
+    path = Path(shutil.copytree(features, tmp_path / "s.zarr"))
+    draw, told, read = random.Random(1), 0, 0
+    for flip in range(flips):
+        file = path / "index" / ("captions.arrow", "rows.parquet")[flip % 2]
+        whole = file.read_bytes()
+        content, bit = bytearray(whole), draw.randrange(len(whole) * 8)
+        content[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(content)
+        try:
+            index = store.FeatureStore(path).index
+            _, captions = index.captions()
+            read += bool([captions[i] for i in range(len(captions))] and len(index.usable("train")) and index.shard(1))
+        except StoreError as error:
+            told += file.name in str(error)
+        file.write_bytes(whole)
+    line("a flipped bit of captions or rows: read all the same, or one sentence", flips, told + read)
+    assert told

@@ -251,6 +251,7 @@ def test_damaged_tables_and_lists_are_one_sentence(tmp_path: Path) -> None:
         "cut.json": ('[{"id": 1, "regions": []}, {"id": 2', "cut-off"),
         "deep.json": ("[" * 200_000, "damaged"),
         "other.json": ('[{"x": 1}]', "Visual Genome"),
+        "infinite.json": ('[{"id": Infinity, "regions": []}]', "Visual Genome"),
         "null.json": ('[{"id": 1, "regions": [{"phrase": null}]}]', "phrase of image 1 is null"),
     }
     for name, (text, words) in cases.items():
