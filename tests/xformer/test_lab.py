@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from cli import main, run_command
-from xformer.errors import SettingsError, StoreError, WeightsError
+from xformer.errors import EvaluationError, SettingsError, StoreError, WeightsError
 from xformer.lab import features as lab_features
 from xformer.lab import results
 from xformer.lab.ablate import Request, ablate
@@ -119,6 +119,58 @@ def test_other_settings_code_or_data_are_refused_before_anything_runs(
     with pytest.raises(SettingsError, match=r"qformer-seed0-stage1 was made with other.*stage1.lr"):
         ablate(Request(**fields | {"out": begun}, overrides=[*whole.overrides, "stage1.lr=2e-3"]))
     assert before == {f: f.stat().st_mtime_ns for f in whole.out.rglob("*") if f.is_file()}
+
+
+def test_other_features_or_another_corpus_are_refused_when_all_runs_are_done(whole: Request, tmp_path: Path) -> None:
+    out, corpus = tmp_path / "lab", tmp_path / "shapes"
+    shutil.copytree(whole.out / "results", out / "results")
+    shutil.copytree(whole.out / "store.zarr", out / "store.zarr")
+    result = results.read_result(out / "results/xformer-seed0.json")
+    assert result is not None and set(result["made_with"]["features"]) == {
+        "clip/5/tokens", "mae/draw-0/kept", "mae/draw-0/tokens", "mae/draw-1/kept", "mae/draw-1/tokens", "pixels/view-0"
+    }  # fmt: skip
+    plain = results.read_result(out / "results/qformer-seed0.json")
+    assert plain is not None and set(plain["made_with"]["features"]) == {"clip/5/tokens"}
+    fields = vars(whole) | {"out": out}
+    shutil.copytree(whole.corpus or corpus, corpus)
+    questions = json.loads((corpus / "val/vqa_questions.json").read_text())
+    questions["questions"] = questions["questions"][::-1]
+    (corpus / "val/vqa_questions.json").write_text(json.dumps(questions))
+    with pytest.raises(SettingsError, match=r"qformer-seed0.json was made with other.*data.vqav2"):
+        ablate(Request(**fields | {"corpus": corpus}))
+    plain["made_with"]["features"]["clip/5/tokens"] = "f" * 64  # as if another encoder had made what the run read
+    results.write_result(out / "results/qformer-seed0.json", plain)
+    with pytest.raises(SettingsError, match=r"features.clip/5/tokens is ffffffffffff there and \w{12} here"):
+        ablate(Request(**fields))
+
+
+def test_another_benchmark_needs_no_training_and_a_damaged_run_is_one_sentence(whole: Request, tmp_path: Path) -> None:
+    out = tmp_path / "lab"
+    shutil.copytree(whole.out, out, ignore=shutil.ignore_patterns("results"))
+    before = {f: f.stat().st_mtime_ns for f in (out / "runs").rglob("*.safetensors")}
+    fields = vars(whole) | {
+        "out": out,
+        "overrides": [*whole.overrides, "ablations.limit=6", "ablations.benchmarks.oc=null"],
+    }
+    found = ablate(Request(**fields))
+    assert found["runs"] == 2 and set(found["scores"]["xformer"]) == {"vqav2", "diversity"}
+    assert before == {f: f.stat().st_mtime_ns for f in (out / "runs").rglob("*.safetensors")}
+    (out / "results/xformer-seed0.json").write_text(json.dumps({"format": results.FORMAT}))
+    with pytest.raises(EvaluationError, match=r"xformer-seed0.json: not a run's JSON"):
+        ablate(Request(**fields))
+    (out / "results/xformer-seed0.json").unlink()
+    (out / "runs/xformer-seed0-stage2/made.json").write_text('{"model": "xfor')
+    with pytest.raises(EvaluationError, match=r"xformer-seed0-stage2/made.json: cut off or damaged"):
+        ablate(Request(**fields))
+
+
+def test_a_variants_own_weights_are_checked_and_part_of_its_run(whole: Request, tmp_path: Path) -> None:
+    for change in ({"llm.weights": "/nonexistent"}, {"qformer.text": "/nonexistent"}, {"qformer.bert": True}):
+        overrides = [f"ablations.variants={json.dumps({'mine': change})}"]
+        with pytest.raises(WeightsError, match="missing"):
+            ablate(Request(tmp_path / "out", run_command, overrides=overrides, only=["mine"], plan_only=True))
+    result = results.read_result(whole.out / "results/qformer-seed0.json")
+    assert result is not None and set(result["made_with"]["weights"]) == {"clip", "llm", "text"}  # whatever else is run
 
 
 @pytest.mark.parametrize(

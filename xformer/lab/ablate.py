@@ -17,7 +17,7 @@ from xformer.errors import EvaluationError, SettingsError
 from xformer.evaluation.suite import Files
 from xformer.lab import baselines, features, summary
 from xformer.lab.parallel import on_dask
-from xformer.lab.results import code_sha256, read_result, refuse_other
+from xformer.lab.results import UNKNOWN, code_sha256, read_json, read_result, refuse_other
 from xformer.lab.run import Questions, Run, captions_missing, finish, train_first
 from xformer.lab.variants import Ablations, Variant, chosen, load_ablations
 from xformer.settings import Settings
@@ -71,6 +71,7 @@ def ablate(request: Request) -> dict[str, Any]:
     Raises: SettingsError, WeightsError, StoreError, EvaluationError, before anything runs where that can be known.
     """
     plan = make_plan(request)
+    plan.runs = with_data(plan)
     done = refuse(plan)
     show_plan(plan, done)
     if request.plan_only:
@@ -80,7 +81,7 @@ def ablate(request: Request) -> dict[str, Any]:
             raise SettingsError(f"--out {request.out}: another ablation is at work there; wait for it.")
         if len(done) < len(plan.runs):
             prepare(request, plan)
-            plan.runs = with_data(plan)
+            plan.runs = with_data(plan, made=True)
             refuse(plan)
             work(request, plan)
             baselines.measure(request.out, plan.runs)
@@ -92,8 +93,8 @@ def make_plan(request: Request) -> Plan:
     ablations, base, known = load_ablations(request.preset, request.config, request.overrides)
     variants, seeds, limit = chosen(ablations, known, request.quick, request.only, request.seeds)
     corpus = request.corpus or request.out / "shapes"
-    made = {"code": code_sha256(), "weights": features.frozen_weights(base, variants)}
-    made["limit"] = {"questions": limit}
+    made = {"code": code_sha256(), "limit": {"questions": limit}}
+    weights = {variant.name: features.frozen_weights(variant) for variant in variants}
     runs = []
     for seed in seeds:  # one seed after the other: what was stopped early is complete over fewer seeds
         for variant in variants:
@@ -102,7 +103,7 @@ def make_plan(request: Request) -> Plan:
                 Run(
                     out=request.out, variant=variant.name, model=variant.model, seed=seed, changes=variant.changes,
                     settings=variant.seeded(seed), settings1=known[variant.stage1_of].seeded_stage1(seed, base),
-                    stage1_of=variant.stage1_of, store=store, limit=limit, made=made,
+                    stage1_of=variant.stage1_of, store=store, limit=limit, made=made | {"weights": weights[variant.name]},
                     benchmarks=_benchmarks(request, ablations, corpus, store),
                 )
             )  # fmt: skip
@@ -143,17 +144,12 @@ def refuse(plan: Plan) -> list[str]:
     for run in plan.runs:
         result = read_result(run.result)
         if result is not None:
-            want = run.made_with()
-            have = {
-                k: v for k, v in result["made_with"].items() if k in want
-            }  # before extraction the data is not known
-            refuse_other(run.result, have, want)
+            refuse_other(run.result, result["made_with"], run.made_with())
             done.append(run.name)
             continue
-        for folder, want in ((run.stage1, run.made_stage1()), (run.stage2, run.made_with())):
+        for folder, want in ((run.stage1, run.made_stage1()), (run.stage2, run.made_stage2())):
             if (folder / "made.json").is_file():
-                have = json.loads((folder / "made.json").read_text(encoding="utf-8"))
-                refuse_other(folder, {k: v for k, v in have.items() if k in want}, want)
+                refuse_other(folder, read_json(folder / "made.json"), want)
     return done
 
 
@@ -195,23 +191,41 @@ def prepare(request: Request, plan: Plan) -> None:
                     request.command([*line, *common, *(["--gpus"] if request.gpus else [])])
 
 
-def with_data(plan: Plan) -> list[Run]:
-    """The runs, with one hash of their images and captions, and one of each benchmark's files."""
-    stores = {run.store: features.data_sha256(run.store) for run in plan.runs}
-    files = {
-        f for run in plan.runs for q in run.benchmarks.values() for f in (q.files.questions, q.files.annotations) if f
-    }
-    if gone := sorted(str(file) for file in files if not file.is_file()):
+def with_data(plan: Plan, made: bool = False) -> list[Run]:
+    """The runs, with one hash of their images and captions, one of each benchmark's files, and the fingerprints of the
+    features that they read; UNKNOWN where the store or the corpus is not there yet.
+
+    Args:
+        made: everything must be there now. Raises EvaluationError or StoreError where it is not.
+    """
+    stores = {q.store for run in plan.runs for q in run.benchmarks.values()} | {run.store for run in plan.runs}
+    images = {store: features.data_sha256(store) if made or features.indexed(store) else UNKNOWN for store in stores}
+    files = {f for run in plan.runs for q in run.benchmarks.values() for f in files_of(q)}
+    if made and (gone := sorted(str(file) for file in files if not file.is_file())):
         raise EvaluationError(f"a benchmark's file is not there: {gone[0]}.")
-    known = {file: sha256_of(file) for file in files}
+    known = {file: sha256_of(file) for file in files if file.is_file()}
+    missing = {run.store: features.missing(plan.needs[run.store.name], run.store) for run in plan.runs}
+    read: dict[str, dict[str, Any]] = {}  # by variant: the same for every seed
     runs = []
     for run in plan.runs:
-        benchmarks = {
-            name: "".join(known[f][:16] for f in (q.files.questions, q.files.annotations) if f)
-            for name, q in run.benchmarks.items()
-        }
-        runs.append(replace(run, made=run.made | {"data": {"corpus": stores[run.store], **benchmarks}}))
+        data = {"corpus": images[run.store]}
+        for name, questions in run.benchmarks.items():
+            parts = [known.get(file, UNKNOWN) for file in files_of(questions)]
+            parts += [images[questions.store]] if questions.store != run.store else []
+            data[name] = UNKNOWN if UNKNOWN in parts else "".join(part[:16] for part in parts)
+        elsewhere = [q.store for q in run.benchmarks.values() if not features.indexed(q.store)]
+        if made or not (missing[run.store] or elsewhere):
+            if run.variant not in read:
+                read[run.variant] = {"all": features.arrays_read(run), "1": features.arrays_read(run, ("stage1",))}
+            arrays = read[run.variant]
+            runs.append(replace(run, made=run.made | {"data": data, "features": arrays["all"]}, features1=arrays["1"]))
+        else:
+            runs.append(replace(run, made=run.made | {"data": data, "features": UNKNOWN}))
     return runs
+
+
+def files_of(questions: Questions) -> list[Path]:
+    return [file for file in (questions.files.questions, questions.files.annotations) if file is not None]
 
 
 def work(request: Request, plan: Plan) -> None:

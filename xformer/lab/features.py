@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.store import FeatureStore, describe
+from xformer.data import Cache
 from xformer.errors import SettingsError, WeightsError
+from xformer.lab.run import Run
 from xformer.lab.variants import Variant
-from xformer.local import Phase, local_tokens, mask_ratio
+from xformer.local import Phase, local_tokens, mask_ratio, rebuilds
 from xformer.settings import Settings
 from xformer.weights import resolve, sha256_of, sha256_of_folder
 
 FILES = {
     "clip": ("model.safetensors",),
+    "bert": ("model.safetensors",),
     "mae": ("config.json", "model.safetensors|pytorch_model.bin"),
     "llm": (
         "config.json",
@@ -32,6 +35,7 @@ class Needs:
     ratio: float = 0.0
     draws: int = 0
     whole: bool = False
+    pixels: bool = False
     variants: list[str] = field(default_factory=list)
 
 
@@ -74,6 +78,7 @@ def needs(variants: list[Variant], base: Settings) -> dict[str, Needs]:
             if patches * (1 - ratio) < 1:
                 raise SettingsError(f"{where}: a mask ratio of {ratio:g} leaves none of {patches} patches.")
             need.ratio, need.draws = ratio, base.mae.draws
+        need.pixels |= any(rebuilds(settings, variant.model, stage) for stage in ("stage1", "stage2"))
     return found
 
 
@@ -88,20 +93,39 @@ def clip_depth(settings: Settings) -> int:
     return len(model.blocks)
 
 
-def frozen_weights(base: Settings, variants: list[Variant]) -> dict[str, str]:
-    """The sha256 of every frozen part that the variants use. Raises WeightsError where one is missing."""
-    wanted = {"clip": base.clip.weights, "llm": base.llm.weights}
-    if any(local_tokens(v.settings, v.model) == "mae" for v in variants):
-        wanted["mae"] = base.mae.weights
+def frozen_weights(variant: Variant) -> dict[str, str]:
+    """The sha256 of every frozen part that a variant uses. Raises WeightsError where one is missing."""
+    settings = variant.settings
+    wanted = {"clip": settings.clip.weights, "llm": settings.llm.weights}
+    wanted |= {"mae": settings.mae.weights} if local_tokens(settings, variant.model) == "mae" else {}
+    wanted |= {"bert": settings.qformer.text} if settings.qformer.bert else {}
     found = {}
     for name, spec in wanted.items():
         try:
             found[name] = sha256_of_folder(resolve(spec, FILES[name]))
         except WeightsError as error:
-            raise WeightsError(f"{name} features or answers cannot be made: {error}") from None
-    folder = resolve(base.qformer.text, ("tokenizer.json|vocab.txt",))
+            raise WeightsError(
+                f"ablations.variants.{variant.name}: {name} features or answers cannot be made: {error}"
+            ) from None
+    folder = resolve(settings.qformer.text, ("tokenizer.json|vocab.txt",), "qformer.text")
     found["text"] = sha256_of(next(f for n in ("tokenizer.json", "vocab.txt") if (f := folder / n).is_file()))
     return found
+
+
+def arrays_read(run: Run, phases: tuple[Phase, ...] = PHASES) -> dict[str, str]:
+    """The fingerprint of every array that a run reads in these phases, by name; those of a benchmark's own images by
+    store and name. What made an array decides its fingerprint. Raises StoreError where one is missing or incomplete."""
+    found: dict[str, str] = {}
+    for phase in phases:
+        pixels = phase != "eval" and rebuilds(run.settings, run.model, phase)
+        stores = {run.store: ""}
+        if phase == "eval":
+            stores |= {q.store: f"{q.store.name}/" for q in run.benchmarks.values() if q.store != run.store}
+        for store, before in stores.items():
+            cache = Cache(store, run.settings, run.model, pixels, phase)
+            for array in [*cache.clips.values(), *cache.mae, *cache.kept, *cache.pixels.values()]:
+                found[before + array.name] = array.attributes["fingerprint"]
+    return dict(sorted(found.items()))
 
 
 def lines(need: Needs, store: Path, corpus: Path) -> list[list[str]]:
@@ -121,12 +145,17 @@ def lines(need: Needs, store: Path, corpus: Path) -> list[list[str]]:
 def missing(need: Needs, store: Path) -> list[str]:
     """The arrays that a store does not hold complete yet."""
     wanted = [f"clip/{layer}/tokens" for layer in need.layers]
-    wanted += [f"mae/draw-{draw}/tokens" for draw in range(need.draws)] + (["mae/full/tokens"] if need.whole else [])
-    if not (store / "index" / "index.json").is_file():
+    wanted += [f"mae/draw-{draw}/{part}" for draw in range(need.draws) for part in ("tokens", "kept")]
+    wanted += (["mae/full/tokens"] if need.whole else []) + (["pixels/view-0"] if need.pixels else [])
+    if not indexed(store):
         return wanted
     opened = FeatureStore(store)
     names = opened.names()
     return [name for name in wanted if name not in names or opened.array(name).missing_shards]
+
+
+def indexed(store: Path) -> bool:
+    return (store / "index" / "index.json").is_file()
 
 
 def data_sha256(store: Path) -> str:

@@ -18,6 +18,7 @@ from xformer import publish
 from xformer.errors import EvaluationError, SettingsError
 
 FORMAT = "xformer ablation run 1"
+UNKNOWN = "not known yet"  # stands for what only the store can tell, before it is made
 PACKAGE = Path(__file__).resolve().parents[1]
 # Modules that only show, convert or publish: they change no number of a run. Everything else of the package does.
 SHOWS = (
@@ -116,11 +117,22 @@ def read_result(file: Path) -> dict[str, Any] | None:
         return None
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
-        if content["format"] == FORMAT:
+        if content["format"] == FORMAT and isinstance(content["made_with"], dict):
             return content
     except (ValueError, KeyError, TypeError):
         pass
     raise EvaluationError(f"{file}: not a run's JSON; remove it to run that again.")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """What a file of a run's folder holds. Raises EvaluationError where it is cut off or damaged."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+    except (ValueError, OSError):
+        pass
+    raise EvaluationError(f"{file}: cut off or damaged; remove {file.parent} to do that part again.")
 
 
 def write_result(file: Path, result: dict[str, Any]) -> None:
@@ -130,14 +142,20 @@ def write_result(file: Path, result: dict[str, Any]) -> None:
 
 
 def refuse_other(file: Path, made: dict[str, Any], want: dict[str, Any]) -> None:
-    """Raises SettingsError, naming what differs, where a run was made with other settings, code or data."""
+    """Raises SettingsError, naming what differs, where a run was made with other settings, code, data or features.
+
+    Where `want` says UNKNOWN, nothing is compared.
+    """
     have, wanted = _flat(made), _flat(want)
+    unknown = [key for key, value in wanted.items() if value == UNKNOWN]
     for key in sorted(set(have) | set(wanted)):
+        if any(key == name or key.startswith(f"{name}.") for name in unknown):
+            continue
         if key in have and key in wanted and have[key] != wanted[key] or (key in have) != (key in wanted):
             there, here = (_short(values.get(key)) for values in (have, wanted))
             raise SettingsError(
-                f"{file} was made with other settings or code: {key} is {there} there and {here} here; remove it to run "
-                "that again, or give another --out."
+                f"{file} was made with other settings, code or data: {key} is {there} there and {here} here; remove it to "
+                "run that again, or give another --out."
             )
 
 

@@ -14,7 +14,7 @@ from xformer.errors import EvaluationError
 from xformer.evaluation import diversity
 from xformer.evaluation.intervals import interval
 from xformer.evaluation.suite import SUITE, Files, Row
-from xformer.lab.results import pack, write_result
+from xformer.lab.results import UNKNOWN, pack, read_json, write_result
 from xformer.settings import Settings
 
 LIBRARIES = ("torch", "transformers", "accelerate", "numpy")
@@ -44,7 +44,8 @@ class Run:
     store: Path
     benchmarks: dict[str, Questions]
     limit: int
-    made: dict[str, Any] = field(default_factory=dict)  # code, weights, data: what else decides its numbers
+    made: dict[str, Any] = field(default_factory=dict)  # code, weights, data, features: what else decides its numbers
+    features1: Any = UNKNOWN  # the part of made's features that stage 1 reads
 
     @property
     def name(self) -> str:
@@ -66,8 +67,15 @@ class Run:
         """What the result depends on; a result with another one is refused."""
         return {"model": self.model, "settings": self.settings.dump(), **self.made}
 
+    def made_stage2(self) -> dict[str, Any]:
+        """What training depends on: the benchmarks' files, and how much of them is asked, change no weight."""
+        trained = {key: value for key, value in self.made.items() if key != "limit"}
+        if "data" in trained:
+            trained["data"] = {"corpus": trained["data"]["corpus"]}
+        return {"model": self.model, "settings": self.settings.dump(), **trained}
+
     def made_stage1(self) -> dict[str, Any]:
-        return {"model": self.model, "settings": self.settings1.dump(), **self.made}
+        return self.made_stage2() | {"settings": self.settings1.dump(), "features": self.features1}
 
 
 def train_first(run: Run) -> None:
@@ -85,12 +93,10 @@ def finish(run: Run) -> dict[str, Any]:
     from xformer.train import train_stage2
 
     if not (run.stage2 / "summary.json").is_file():
-        publish.write_json(run.stage2 / "made.json", run.made_with())
+        publish.write_json(run.stage2 / "made.json", run.made_stage2())
         resume = bool(checkpoint.checkpoints(run.stage2))
         train_stage2([run.store], None if resume else run.stage1, run.stage2, run.settings, None, resume)
-    began = time.perf_counter()
-    scores = {name: measure(run, name, questions) for name, questions in run.benchmarks.items()}
-    evaluation = time.perf_counter() - began
+    scores, evaluation = evaluate(run)
     summaries = {s: json.loads((f / "summary.json").read_text()) for s, f in _stages(run).items()}
     result = {
         "variant": run.variant,
@@ -102,7 +108,7 @@ def finish(run: Run) -> dict[str, Any]:
         "cost": {
             "stage1_seconds": summaries["stage1"]["seconds"],
             "stage2_seconds": summaries["stage2"]["seconds"],
-            "evaluation_seconds": round(evaluation, 1),
+            "evaluation_seconds": round(sum(evaluation.values()), 1),  # of a benchmark that was cut off: its last go
             "stage1_run": run.stage1.name,
             "images": {
                 "stage1": summaries["stage1"]["steps"] * run.settings1.stage1.batch,
@@ -117,6 +123,19 @@ def finish(run: Run) -> dict[str, Any]:
     }
     write_result(run.result, result)
     return result
+
+
+def evaluate(run: Run) -> tuple[dict[str, Any], dict[str, float]]:
+    """Every benchmark's scores, and its seconds; those of a benchmark that an earlier go finished are its seconds then."""
+    file = run.out / "eval" / run.name / "seconds.json"
+    scores: dict[str, Any] = {}
+    seconds: dict[str, float] = read_json(file) if file.is_file() else {}
+    for name, questions in run.benchmarks.items():
+        began = time.perf_counter()
+        scores[name] = measure(run, name, questions)
+        seconds[name] = max(seconds.get(name, 0.0), round(time.perf_counter() - began, 2))
+        publish.write_json(file, seconds)
+    return scores, {name: seconds[name] for name in run.benchmarks}
 
 
 def _stages(run: Run) -> dict[str, Path]:
