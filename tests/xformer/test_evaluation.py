@@ -243,6 +243,32 @@ def test_reranking_by_hand(features: Path, stage1: Path) -> None:
         assert full["text_to_image"][t] == (itc + itm)[:, t].argsort(descending=True).tolist()
 
 
+def test_a_question_beyond_the_language_models_context_is_refused_before_the_first_answer(
+    features: Path, corpus: Path, stage2: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    from xformer.evaluation.generate import refuse_long_prompts
+    from xformer.settings import load_settings
+    from xformer.stage2 import FrozenLlm
+
+    content = json.loads((corpus / "val/vqa_questions.json").read_text())
+    content["questions"][-1]["question"] = "why " * 230  # with the image it is too long, without it is not
+    (tmp_path / "q.json").write_text(json.dumps(content))
+    line = ["eval", "vqav2", "--checkpoint", str(stage2), "--features", str(features), "--out", str(tmp_path / "out")]
+    line += ["--questions", str(tmp_path / "q.json"), "--annotations", str(corpus / "val/vqa_annotations.json")]
+    with pytest.raises(SystemExit) as stopped:
+        main(line)
+    shown = capsys.readouterr().err
+    assert stopped.value.code not in (0, None) and "blind LLM" not in shown  # nothing was answered yet
+    told = shown.strip().splitlines()[-1]
+    assert "'Question: why why" in told and "16 image tokens" in told and "is 256" in told
+    llm, settings = FrozenLlm("embedded:llm", "fp32"), load_settings().eval
+    long = "why is it so? " * 15
+    room = 256 - 16 - llm.encode([long], None, newline=False, left=True)[0].shape[1]
+    refuse_long_prompts(llm, [long], 16, settings.model_copy(update={"max_new_tokens": room}))
+    with pytest.raises(EvaluationError, match="needs 257 with 16 image tokens"):
+        refuse_long_prompts(llm, [long], 16, settings.model_copy(update={"max_new_tokens": room + 1}))
+
+
 def test_shuffled_images_are_never_the_own() -> None:
     import numpy as np
 

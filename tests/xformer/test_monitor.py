@@ -16,6 +16,7 @@ from xformer.alarms import Plan
 from xformer.console import RunView
 from xformer.errors import SettingsError
 from xformer.losses import ITM_CONSTANT
+from xformer.model import Stage1, XFormer
 from xformer.monitor import Monitor, read_log
 from xformer.settings import load_settings
 from xformer.train import train_stage1
@@ -165,6 +166,29 @@ def test_the_live_table_shows_losses_speed_and_alarms(monkeypatch: pytest.Monkey
     view.console.print(view.render())
     (below,) = [line for line in view.console.export_text().splitlines() if "1:15 left" in line]
     assert "| MiB 812" in below and len(below.rstrip()) <= 80  # what has no column stands below
+
+
+def test_a_validation_that_is_not_finite_sounds_its_own_alarm_and_ends_no_run(
+    features: Path, small: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = Stage1.forward
+
+    def broken(self: Stage1, *given):
+        found, measured = honest(self, *given)
+        return (found if self.training else {name: loss * math.nan for name, loss in found.items()}), measured
+
+    def bridge(self: XFormer, clip, local):
+        enhanced, rebuilt = forward(self, clip, local)
+        return (enhanced if self.training else enhanced * math.nan), rebuilt
+
+    forward = XFormer.forward
+    monkeypatch.setattr(Stage1, "forward", broken)
+    monkeypatch.setattr(XFormer, "forward", bridge)
+    settings = load_settings(overrides=[*small, "train.validate_every=2"])
+    found = train_stage1([features], tmp_path / "run", settings, "xformer", resume=False)
+    assert [(a["step"], a["alarm"]) for a in found["alarms"]] == [(2, "validation_not_finite")]
+    assert "validation is not finite (itc, itm, itg, reconstruction" in found["alarms"][0]["says"]
+    assert "effective_rank" in found["alarms"][0]["says"]
 
 
 def test_the_log_is_on_the_disk_before_a_checkpoint_is(

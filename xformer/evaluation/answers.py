@@ -9,7 +9,7 @@ import numpy as np
 
 from xformer.data import Cache
 from xformer.errors import SettingsError
-from xformer.evaluation.generate import Answerer
+from xformer.evaluation.generate import Answerer, refuse_long_prompts
 from xformer.evaluation.journal import Journal
 from xformer.evaluation.load import load_stage2, rows_of_images
 from xformer.gather import rank_and_world
@@ -51,6 +51,9 @@ def answer(
     found, captions = rows_of_images(cache, [str(row["image_id"]) for row in rows])
     places = np.array(found)
     prompts = [chosen.prompt.replace("{}", row["question"]) for row in rows]
+    refuse_long_prompts(
+        stage2.llm, prompts, settings.qformer.queries, chosen
+    )  # before the first answer, not after hours
     frozen = {"llm": stage2.llm.sha256, "autocast": settings.llm.autocast, "eval": chosen.model_dump(mode="json")}
     reads = [array.attributes["usage"] for array in cache.mae]  # mask ratio, seed, and view of each draw
     weights = {"weights": state["sha256"]["model.safetensors"], "features": cache.identities(), "reads": reads}

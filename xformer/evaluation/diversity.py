@@ -22,10 +22,12 @@ def mean_cosine(similar: np.ndarray) -> np.ndarray:
 
 
 def effective_rank(queries: np.ndarray) -> np.ndarray:
-    """[N, Q, W] -> [N]: exp of the entropy of the singular values, normalised to sum 1; from 1 to min(Q, W)."""
-    values = np.linalg.svd(queries, compute_uv=False)
+    """[N, Q, W] -> [N]: exp of the entropy of the singular values, normalised to sum 1; from 1 to min(Q, W).
+    NaN where a query is not finite."""
+    finite = np.isfinite(queries).all((1, 2))
+    values = np.linalg.svd(np.where(finite[:, None, None], queries, 0), compute_uv=False)
     share = values / np.maximum(values.sum(-1, keepdims=True), 1e-12)
-    return np.exp(-(share * np.log(np.maximum(share, 1e-12))).sum(-1))
+    return np.where(finite, np.exp(-(share * np.log(np.maximum(share, 1e-12))).sum(-1)), np.nan)
 
 
 def measure(queries: np.ndarray) -> tuple[dict[str, Any], list[float]]:

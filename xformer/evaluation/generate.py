@@ -1,7 +1,7 @@
 """Zero-shot answers: soft prompt from cached features, the paper's text prompt, beam search (section 4.2)."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,23 +16,39 @@ from xformer.settings import Eval
 from xformer.stage2 import FrozenLlm, Stage2
 
 
+def refuse_long_prompts(
+    llm: FrozenLlm, prompts: Sequence[str], image_tokens: int, settings: Eval, begin: bool = True
+) -> None:
+    """Raises EvaluationError, with the prompt's beginning, where one leaves no room in the language model's context."""
+    room = llm.context - image_tokens - settings.max_new_tokens
+    for prompt in prompts:
+        if len(prompt.encode()) < room:  # OPT's tokens are of bytes: there are no more of them, and </s>
+            continue
+        length = llm.encode([prompt], None, newline=False, left=True, begin=begin)[0].shape[1]
+        if length > room:
+            needed = length + image_tokens + settings.max_new_tokens
+            raise EvaluationError(
+                f"the prompt {prompt[:60]!r}... has {length} tokens and needs {needed} with {image_tokens} image tokens and "
+                f"{settings.max_new_tokens} new ones (eval.max_new_tokens); the language model's context "
+                f"(max_position_embeddings) is {llm.context}: ask a shorter question."
+            )
+
+
 @torch.inference_mode()
 def complete(
     llm: FrozenLlm, soft: torch.Tensor | None, prompts: list[str], settings: Eval, begin: bool = True
 ) -> list[str]:
-    """Continues prompts after an optional soft prompt [B, Q, W]; text up to the first line break, stripped."""
+    """Continues prompts after an optional soft prompt [B, Q, W]; text up to the first line break, stripped.
+
+    Raises: EvaluationError where one is too long for the language model.
+    """
+    refuse_long_prompts(llm, prompts, 0 if soft is None else soft.shape[1], settings, begin)
     device = llm.model.device
     ids, mask = (t.to(device) for t in llm.encode(prompts, None, newline=False, left=True, begin=begin))
     embedded, seen = llm.embed(ids), mask
     if soft is not None:
         embedded = torch.cat([soft.to(embedded.dtype), embedded], 1)
         seen = torch.cat([mask.new_ones(len(mask), soft.shape[1]), mask], 1)
-    needed = seen.shape[1] + settings.max_new_tokens
-    if needed > llm.context:
-        raise EvaluationError(
-            f"the prompt has {ids.shape[1]} tokens and needs {needed} with image tokens and {settings.max_new_tokens} new "
-            f"ones; the language model's context (max_position_embeddings) is {llm.context}: ask a shorter question."
-        )
     tokens = llm.model.generate(
         inputs_embeds=embedded,
         attention_mask=seen.long(),
@@ -119,6 +135,7 @@ class Answerer:
     def told(self, captions: list[str], prompts: list[str], what: Any) -> list[str]:
         """The same language model given a true caption instead of an image: the ceiling of anything it can be told."""
         texts = [f"{c}</s>{p}" for c, p in zip(captions, prompts, strict=True)]
+        refuse_long_prompts(self.stage2.llm, texts, 0, self.settings, begin=False)
 
         def answer(batch: list[int]) -> list[str]:
             return complete(self.stage2.llm, None, [texts[i] for i in batch], self.settings, begin=False)
