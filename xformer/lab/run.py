@@ -118,7 +118,8 @@ def finish(run: Run) -> dict[str, Any]:
             "trainable": {stage: summary["trainable"] for stage, summary in summaries.items()},
         },
         "curves": {stage: curves(folder, CURVES[stage]) for stage, folder in _stages(run).items()},
-        "versions": {name: version(name) for name in LIBRARIES} | {"xformer": version("xformer-mllm")},
+        "versions": {name: version(name) for name in LIBRARIES}
+        | {"xformer": version("xformer-mllm"), "device": device()},
         "made_with": run.made_with(),
     }
     write_result(run.result, result)
@@ -140,6 +141,13 @@ def evaluate(run: Run) -> tuple[dict[str, Any], dict[str, float]]:
 
 def _stages(run: Run) -> dict[str, Path]:
     return {"stage1": run.stage1, "stage2": run.stage2}
+
+
+def device() -> str:
+    """What a run is trained on, by its name."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:
