@@ -306,14 +306,12 @@ def store_verify(
     if json_file:
         publish.write_json(json_file, {"store": name, what: problems, "repaired": repaired})
     if problems and source:
-        raise StoreError(
-            f"pictures of {name} that are not those that were planned: {len(problems)}; give a new --store."
-        )
+        raise StoreError(f"{name} was planned over other pictures: {len(problems)} differ; give another --store.")
     if problems:
         again = "what remains is said above" if repair else f"run: xformer store verify {name} --repair"
         raise StoreError(f"damaged parts of {name}: {len(problems)}; {again}.")
     for line in repaired:
-        say(f"made again: {line}")
+        say(f"mended: {line}")
     say(f"{name}: " + ("every picture is the one that was planned" if source else "every committed shard is intact"))
     for line in [] if source else upkeep.unfinished(store):
         say(f"{line}; run the same extraction again to finish it")

@@ -202,7 +202,7 @@ def test_a_rerun_over_other_pictures_is_refused(tmp_path: Path, capsys: pytest.C
         main(["store", "verify", str(path), "--source", "--json", str(tmp_path / "source.json")])
     told = json.loads((tmp_path / "source.json").read_text())["changed"]
     assert len(told) == 11 and any(line.startswith("007.png: cannot be read") for line in told)
-    assert "11 differ" in capsys.readouterr().err and shards(path) == before
+    assert "other pictures: 11 differ; give another" in capsys.readouterr().err and shards(path) == before
 
 
 def test_a_store_without_a_commit_is_planned_anew_and_one_with_a_commit_is_not(
