@@ -123,8 +123,9 @@ def spread(value: dict[str, Any] | None) -> str | None:
 
 
 def numbers(row: dict[str, Any]) -> tuple[str | None, str | None, str | None]:
-    """Difference, interval and corrected p of a claim, as text."""
+    """Difference, interval and corrected p of a claim, as text; an "unharmed" row has no p."""
     if "missing" in row:
         return None, None, None
     low, high = row["interval"]
-    return f"{row['difference']:+.2f}", f"{low:+.2f} to {high:+.2f}", f"{row['p_holm']:.4f}"
+    p = f"{row['p_holm']:.4f}" if "p_holm" in row else None
+    return f"{row['difference']:+.2f}", f"{low:+.2f} to {high:+.2f}", p
