@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 
 from pipeline import commits
 from tests.faults.report import ROOT, line
+from tests.pipeline.test_extract import withdraw
 from xformer import checkpoint, losses, publish, train
 from xformer.errors import CheckpointError, SettingsError, StoreError, TrainingError
 from xformer.resume import refuse_other_run
@@ -235,13 +236,12 @@ def test_a_store_that_grows_is_read_as_it_was(features: Path, stage1: Path, smal
     ours, theirs = weights(run), weights(stage1)
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
     shutil.rmtree(checkpoint.newest(run))
-    commits.withdraw(store, "mae/draw-2/tokens", {1})  # as if that draw were being extracted still
+    withdraw(store, "mae/draw-2/tokens", {1})  # as if that draw were being extracted still
     with pytest.raises(StoreError, match="3 of 4 shards.*local.draws=2"):
         train_stage1([store], tmp_path / "new", load_settings(overrides=small), "xformer", resume=False)
     records = commits.committed(store, "mae/draw-2/kept")
-    records[0]["dead"] = [{"row": 0, "id": "0", "source": "s", "reason": "lost since"}]
-    commits.withdraw(store, "mae/draw-2/kept", {0})
-    commits.commit_file(store, "mae/draw-2/kept", 0).write_text(json.dumps(records[0]))
+    lost = {"row": 0, "id": "0", "source": "s", "reason": "lost since"}
+    commits.publish(store, "mae/draw-2/kept", records[0] | {"dead": [lost]}, exclusive=False)
     train_stage1([store], run, load_settings(overrides=small), "xformer", resume=True)
     ours = weights(run)
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
