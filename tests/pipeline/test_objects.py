@@ -19,8 +19,8 @@ from cli import main
 from pipeline import cache, objects, places, reader, store, upkeep
 from pipeline.cache import LocalCache
 from pipeline.corpora import open_corpus
-from pipeline.extract import extract
-from pipeline.redo import repair
+from pipeline.extract import extract, plan_index
+from pipeline.redo import repair, retry
 from pipeline.store import FeatureStore
 from tests.pipeline.test_extract import shards
 from xformer.errors import CorpusError, StoreError
@@ -245,6 +245,28 @@ def test_missing_cut_and_changed_objects_are_errors_and_never_zeros(
             hashlib.sha256(c).digest()
             for c in [*(places.read(remote / p.relative_to(path)) for p in places_of), content]
         ]
+
+
+def test_a_retry_there_makes_only_the_shard_of_the_picture_that_came_back(
+    remote: Path, server: Server, corpus: Path, settings: Settings, tmp_path: Path
+) -> None:
+    path, source = Path("s3://bucket/retried/store.zarr"), open_corpus(corpus)
+    plan_index(path, source, settings, None)
+    picture = corpus / FeatureStore(path).index.shard(2)[3]["location"]
+    os.rename(picture, tmp_path / "away.png")
+    try:
+        extract(source, path, ["clip"], settings, in_process=True)
+    finally:
+        os.rename(tmp_path / "away.png", picture)
+    assert FeatureStore(path).complete(NAME).dead_rows.tolist() == [67]
+    server.seen.clear()
+    assert retry(path, in_process=True) == {"looked at": 1, "tried": 1, "dead": 0}
+    assert {request for request in server.seen if "PUT" in request and "/c/" in request} == {
+        f"PUT /bucket/retried/store.zarr/{NAME}/c/2/0/0"
+    }
+    want = [places.read(store.shard_file(remote, NAME, shard, 3)) for shard in range(4)]
+    assert [places.read(store.shard_file(path, NAME, shard, 3)) for shard in range(4)] == want
+    assert upkeep.verify(path) == [] and not places.exists(path / objects.LEASE_NAME)
 
 
 def test_two_503_or_a_late_answer_and_then_success(remote: Path, server: Server, hasty: None) -> None:
