@@ -30,7 +30,7 @@ from pipeline.reader import MISSING, FeatureArray, array_metadata, fingerprint, 
 from xformer import publish
 from xformer.errors import StoreError
 
-SCHEMA = 1
+SCHEMA = 2  # 2: commit records carry a hash of themselves, arrays their own provenance
 MADE = "made.json"  # beside an array's zarr.json: how it was made (pipeline/provenance.py)
 
 __all__ = [
@@ -125,17 +125,23 @@ def create_array(
     return True
 
 
+def _refuse_schema(path: Path, schema: Any) -> None:
+    if schema != SCHEMA:
+        older = isinstance(schema, int) and schema < SCHEMA
+        way_out = "extract into a new store" if older else "upgrade xformer"
+        raise StoreError(f"{places.shown(path)} has schema {schema}; this program reads schema {SCHEMA}: {way_out}.")
+
+
 def refuse_foreign(path: Path) -> None:
     """Raises StoreError where a place holds anything else than a feature store; what begins with a dot does not count."""
     files, folders = places.children(path)
     if not folders and all(name.startswith(".") or name == objects.LEASE_NAME for name in files):
         return
     try:
-        ours = "xformer_schema" in json.loads(places.read(path / "zarr.json"))["attributes"]
+        schema = json.loads(places.read(path / "zarr.json"))["attributes"]["xformer_schema"]
     except (FileNotFoundError, ValueError, KeyError, TypeError):
-        ours = False
-    if not ours:
-        raise StoreError(f"{places.shown(path)} holds other files and is no feature store; give another one.")
+        raise StoreError(f"{places.shown(path)} holds other files and is no feature store; give another one.") from None
+    _refuse_schema(path, schema)
 
 
 def create_group(store: Path) -> None:
@@ -259,8 +265,7 @@ class FeatureStore:
         schema = attributes.get("xformer_schema") if isinstance(attributes, dict) else None
         if schema is None:
             raise StoreError(f"{path} is no feature store; make one with: xformer extract --store {path}")
-        if schema != SCHEMA:
-            raise StoreError(f"{path} has schema {schema}; this program reads schema {SCHEMA}: upgrade xformer.")
+        _refuse_schema(path, schema)
         self.path, self.index = path, Index(path / "index", self.cache)
 
     def array(self, name: str) -> FeatureArray:

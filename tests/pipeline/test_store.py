@@ -180,11 +180,13 @@ def test_one_owner_at_a_time(tmp_path: Path) -> None:
                 pass
 
 
-def test_a_newer_schema_is_refused(features: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("schema", "way_out"), [(99, "upgrade xformer"), (1, "extract into a new store")])
+def test_another_schema_is_refused(schema: int, way_out: str, features: Path, tmp_path: Path) -> None:
     path = copy(features, tmp_path)
-    zarr.open_group(path, mode="r+").attrs["xformer_schema"] = 99
-    with pytest.raises(StoreError, match="schema 99"):
-        store.FeatureStore(path)
+    zarr.open_group(path, mode="r+").attrs["xformer_schema"] = schema
+    for opens in (store.FeatureStore, store.refuse_foreign):
+        with pytest.raises(StoreError, match=f"schema {schema};.*{way_out}"):
+            opens(path)
 
 
 def test_index_and_captions(features: Path, corpus: Path) -> None:
