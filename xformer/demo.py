@@ -9,6 +9,7 @@ from typing import Any
 from xformer import publish
 from xformer.checkpoint import checkpoints
 from xformer.console import duration, say, table
+from xformer.lab.run import versions
 from xformer.settings import Settings
 
 MODELS = ("qformer", "xformer")
@@ -63,8 +64,14 @@ def run_demo(
     report = {"seed": settings.seed, "seconds": costs}
     report |= _draw(out, store, corpus)
     report["scores"] = _scores(out)
-    report["cache"] = _saved(out, store)
+    report["cache"] = cache = _saved(out, store)
     report["total_seconds"] = time.perf_counter() - began
+    once, online, spent = cache["encoding_seconds_once"], cache["encoding_seconds_if_online"], sum(costs.values())
+    report["cost"] = {
+        "runs": 2 * len(MODELS), "seconds": costs, "encoding_seconds_once": once, "encoding_online_seconds": online,
+        "saved_seconds": online - once, "ratio": round((spent - once + online) / spent, 2),
+    }  # fmt: skip
+    report["versions"] = versions()
     publish.write_json(out / "demo.json", report)
     _show(out, report)
     command(["report", str(out), "--out", str(out / "report.html")])

@@ -16,8 +16,16 @@ from xformer.console import duration, say, table
 from xformer.errors import EvaluationError, SettingsError
 from xformer.evaluation.suite import Files
 from xformer.lab import baselines, features, summary
-from xformer.lab.parallel import on_dask
-from xformer.lab.results import UNKNOWN, code_sha256, read_json, read_result, refuse_other
+from xformer.lab.parallel import devices, on_dask
+from xformer.lab.results import (
+    UNKNOWN,
+    code_sha256,
+    read_json,
+    read_result,
+    read_results,
+    refuse_mixed,
+    refuse_other,
+)
 from xformer.lab.run import Questions, Run, captions_missing, finish, train_first
 from xformer.lab.variants import Ablations, Variant, chosen, load_ablations
 from xformer.settings import Settings
@@ -52,6 +60,11 @@ class Request:
     scheduler: str | None = None
     plan_only: bool = False
 
+    @property
+    def side_by_side(self) -> int | None:
+        """How many runs at once; None: as many as a running cluster takes."""
+        return None if self.scheduler else self.workers if not self.gpus else len(devices(self.workers))
+
 
 @dataclass
 class Plan:
@@ -61,8 +74,12 @@ class Plan:
     base: Settings
     variants: list[Variant]
     runs: list[Run]
-    needs: dict[str, features.Needs]
     corpus: Path
+
+    def needs(self, done: list[str]) -> dict[str, features.Needs]:
+        """What each store must hold for the variants that are not done."""
+        left = {run.variant for run in self.runs if run.name not in done}
+        return features.needs([variant for variant in self.variants if variant.name in left], self.base)
 
 
 def ablate(request: Request) -> dict[str, Any]:
@@ -73,25 +90,26 @@ def ablate(request: Request) -> dict[str, Any]:
     plan = make_plan(request)
     plan.runs = with_data(plan)
     done = refuse(plan)
-    show_plan(plan, done)
+    show_plan(plan, done, request.side_by_side)
     if request.plan_only:
         return {"runs": [run.name for run in plan.runs], "done": done}
     with publish.exclusive(request.out / ".lock") as mine:
         if not mine:
             raise SettingsError(f"--out {request.out}: another ablation is at work there; wait for it.")
         if len(done) < len(plan.runs):
-            prepare(request, plan)
-            plan.runs = with_data(plan, made=True)
+            prepare(request, plan, done)
+            plan.runs = with_data(plan, done)
             refuse(plan)
-            work(request, plan)
-            baselines.measure(request.out, plan.runs)
-        return summary.summarise(request.out, plan.base, plan.variants, [run.result for run in plan.runs])
+            work(request, plan, done)
+        baselines.measure(request.out, plan.runs, plan.base)
+        return summary.summarise(request.out, len(plan.runs))
 
 
 def make_plan(request: Request) -> Plan:
     """Reads the ablations, checks settings, features, weights and files. Nothing is written."""
     ablations, base, known = load_ablations(request.preset, request.config, request.overrides)
     variants, seeds, limit = chosen(ablations, known, request.quick, request.only, request.seeds)
+    features.needs(variants, base)  # refuses what no encoder can make
     corpus = request.corpus or request.out / "shapes"
     made = {"code": code_sha256(), "limit": {"questions": limit}}
     weights = {variant.name: features.frozen_weights(variant) for variant in variants}
@@ -107,7 +125,7 @@ def make_plan(request: Request) -> Plan:
                     benchmarks=_benchmarks(request, ablations, corpus, store),
                 )
             )  # fmt: skip
-    return Plan(ablations, base, variants, runs, features.needs(variants, base), corpus)
+    return Plan(ablations, base, variants, runs, corpus)
 
 
 def _benchmarks(request: Request, ablations: Ablations, corpus: Path, store: Path) -> dict[str, Questions]:
@@ -139,21 +157,26 @@ def _benchmarks(request: Request, ablations: Ablations, corpus: Path, store: Pat
 
 
 def refuse(plan: Plan) -> list[str]:
-    """The names of the runs that are finished. Raises SettingsError where one, or a part of one, was made otherwise."""
+    """The names of the runs that are finished. Raises SettingsError where one, or a part of one, was made otherwise, and
+    EvaluationError where runs of other variants in the same folder were."""
     done = []
+    again = not captions_missing()
     for run in plan.runs:
         result = read_result(run.result)
         if result is not None:
             refuse_other(run.result, result["made_with"], run.made_with())
-            done.append(run.name)
-            continue
+            lacks = "missing" in result["scores"].get("coco-caption", {})
+            if not (lacks and again and (run.stage2 / "summary.json").is_file()):  # it was done without the extra
+                done.append(run.name)
+                continue
         for folder, want in ((run.stage1, run.made_stage1()), (run.stage2, run.made_stage2())):
             if (folder / "made.json").is_file():
                 refuse_other(folder, read_json(folder / "made.json"), want)
+    refuse_mixed(read_results(plan.runs[0].out / "results"))
     return done
 
 
-def show_plan(plan: Plan, done: list[str]) -> None:
+def show_plan(plan: Plan, done: list[str], side_by_side: int | None) -> None:
     rows = []
     for variant in plan.variants:
         mine = [run for run in plan.runs if run.variant == variant.name]
@@ -161,19 +184,21 @@ def show_plan(plan: Plan, done: list[str]) -> None:
         shared = variant.stage1_of if variant.stage1_of != variant.name else "own"
         rows.append((variant.name, variant.model, changes, shared, f"{sum(r.name in done for r in mine)}/{len(mine)}"))
     table("ablation", ("variant", "model", "changes", "stage 1", "done"), rows)
-    for store, need in plan.needs.items():
+    for store, need in plan.needs(done).items():
         path = plan.runs[0].out / store
         wanted = [f"CLIP blocks {', '.join(map(str, need.layers))}"]
         wanted += [f"{need.draws} MAE draws at {need.ratio:g}"] if need.draws else []
         wanted += ["the MAE on whole images"] if need.whole else []
-        lacking = features.missing(need, path) if len(done) < len(plan.runs) else []
+        lacking = features.missing(need, path)
         say(
             f"{path}: {', '.join(wanted)}; "
             + (f"{len(lacking)} arrays to extract" if lacking else "nothing to extract")
         )
+    if len(done) < len(plan.runs):
+        say(f"{len(plan.runs) - len(done)} runs to do; {Clock(plan.runs, done, side_by_side).left()}")
 
 
-def prepare(request: Request, plan: Plan) -> None:
+def prepare(request: Request, plan: Plan, done: list[str]) -> None:
     """Draws the corpus and extracts what is missing, each once, through the same commands that a user types."""
     common = ["--preset", request.preset] + (["--config", str(request.config)] if request.config else [])
     for assignment in [*request.overrides, *[f"{k}={json.dumps(v)}" for k, v in plan.ablations.base.items()]]:
@@ -181,30 +206,35 @@ def prepare(request: Request, plan: Plan) -> None:
     if request.corpus is None and not (plan.corpus / "shapes.json").is_file():
         request.command(["corpus", "shapes", "--out", str(plan.corpus), *common])
     elsewhere = {given.images for given in plan.ablations.benchmarks.values() if given and given.images}
-    for name, need in plan.needs.items():
+    for name, need in plan.needs(done).items():
         store = request.out / name
         sources = {store: plan.corpus} | {store.with_name(f"eval-{i.name}-{name}"): i for i in elsewhere}
         for target, source in sources.items():
             if features.missing(need, target):
+                if target != (base := target.with_name(target.name.replace(name, "store.zarr"))):
+                    features.share(base, target)
                 for line in features.lines(need, target, source):
                     say(f"\n$ xformer {' '.join(line)}")
                     request.command([*line, *common, *(["--gpus"] if request.gpus else [])])
 
 
-def with_data(plan: Plan, made: bool = False) -> list[Run]:
+def with_data(plan: Plan, done: list[str] | None = None) -> list[Run]:
     """The runs, with one hash of their images and captions, one of each benchmark's files, and the fingerprints of the
-    features that they read; UNKNOWN where the store or the corpus is not there yet.
+    features that they read; UNKNOWN where the store or the corpus is not there.
 
     Args:
-        made: everything must be there now. Raises EvaluationError or StoreError where it is not.
+        done: for all but these runs everything must be there now. Raises EvaluationError or StoreError where it is not.
     """
     stores = {q.store for run in plan.runs for q in run.benchmarks.values()} | {run.store for run in plan.runs}
-    images = {store: features.data_sha256(store) if made or features.indexed(store) else UNKNOWN for store in stores}
+    images = {store: features.data_sha256(store) if features.indexed(store) else UNKNOWN for store in stores}
     files = {f for run in plan.runs for q in run.benchmarks.values() for f in files_of(q)}
-    if made and (gone := sorted(str(file) for file in files if not file.is_file())):
+    if done is not None and (gone := sorted(str(file) for file in files if not file.is_file())):
         raise EvaluationError(f"a benchmark's file is not there: {gone[0]}.")
     known = {file: sha256_of(file) for file in files if file.is_file()}
-    missing = {run.store: features.missing(plan.needs[run.store.name], run.store) for run in plan.runs}
+    lacking = {}
+    for variant in plan.variants:
+        ((store, need),) = features.needs([variant], plan.base).items()
+        lacking[variant.name] = features.missing(need, plan.runs[0].out / store)
     read: dict[str, dict[str, Any]] = {}  # by variant: the same for every seed
     runs = []
     for run in plan.runs:
@@ -214,7 +244,8 @@ def with_data(plan: Plan, made: bool = False) -> list[Run]:
             parts += [images[questions.store]] if questions.store != run.store else []
             data[name] = UNKNOWN if UNKNOWN in parts else "".join(part[:16] for part in parts)
         elsewhere = [q.store for q in run.benchmarks.values() if not features.indexed(q.store)]
-        if made or not (missing[run.store] or elsewhere):
+        must = done is not None and run.name not in done
+        if must or not (lacking[run.variant] or elsewhere):
             if run.variant not in read:
                 read[run.variant] = {"all": features.arrays_read(run), "1": features.arrays_read(run, ("stage1",))}
             arrays = read[run.variant]
@@ -228,58 +259,73 @@ def files_of(questions: Questions) -> list[Path]:
     return [file for file in (questions.files.questions, questions.files.annotations) if file is not None]
 
 
-def work(request: Request, plan: Plan) -> None:
-    """Every run that has no JSON yet: one after the other here, or on Dask workers."""
-    todo = [run for run in plan.runs if not run.result.is_file()]
+def work(request: Request, plan: Plan, done: list[str]) -> None:
+    """Every run that is not done: one after the other here, or on Dask workers."""
+    todo = [run for run in plan.runs if run.name not in done]
     if any("coco-caption" in run.benchmarks for run in todo) and (reason := captions_missing()):
         say(f"coco-caption is not measured: {reason}")
     begun = [run for run in todo if checkpoints(run.stage1) or checkpoints(run.stage2)]
-    done = len(plan.runs) - len(todo)
+    count = len(done)
     say(f"\n{len(todo)} of {len(plan.runs)} runs to do" + (f", {len(begun)} of them begun" if begun else ""))
-    clock = Clock(plan.runs, todo)
+    clock = Clock(plan.runs, done, request.side_by_side)
     if request.workers > 1 or request.gpus or request.scheduler:
         finished: Iterator[Run] = on_dask(todo, request.workers, request.gpus, request.scheduler)
         for run in finished:
-            done += 1
-            say(f"[{done}/{len(plan.runs)}] {run.name} is done; {clock.after(run)}")
+            count += 1
+            say(f"[{count}/{len(plan.runs)}] {run.name} is done; {clock.after(run)}")
         return
     for run in todo:
-        done += 1
-        say(f"\n[{done}/{len(plan.runs)}] {run.name}; {clock.left()}")
+        count += 1
+        say(f"\n[{count}/{len(plan.runs)}] {run.name}; {clock.left()}")
         train_first(run)
         finish(run)
         clock.after(run)
 
 
 class Clock:
-    """Time left, from the seconds that finished runs took: of the same variant where there are some, else of any."""
+    """Time left: the seconds that each phase of finished runs took, of the same variant where there are some, else of any.
+    A first stage that is finished, or that an earlier run of the list trains, costs nothing more.
 
-    def __init__(self, runs: list[Run], todo: list[Run]) -> None:
-        self.todo, self.began = {run.name: run for run in todo}, time.monotonic()
-        self.seconds: dict[str, list[float]] = {}
-        self.ran = 0.0
-        self.workers = 1.0
+    Args:
+        side_by_side: runs at once; None: not known, so the pace of this call decides.
+    """
+
+    def __init__(self, runs: list[Run], done: list[str], side_by_side: int | None) -> None:
+        self.todo = {run.name: run for run in runs if run.name not in done}
+        self.side_by_side, self.began, self.finished = side_by_side, time.monotonic(), 0
+        self.seconds: dict[str, dict[str, list[float]]] = {"first": {}, "rest": {}}
         for run in runs:
-            if run.name not in self.todo:
+            if run.name in done:
                 self._add(run)
 
-    def _add(self, run: Run) -> float:
-        result = read_result(run.result)
-        cost = result["cost"] if result else {}
-        seconds = sum(cost.get(f"{phase}_seconds", 0.0) for phase in ("stage1", "stage2", "evaluation"))
-        self.seconds.setdefault(run.variant, []).append(seconds)
-        return seconds
+    def _add(self, run: Run) -> None:
+        cost = (read_result(run.result) or {}).get("cost", {})
+        if cost:
+            self.seconds["first"].setdefault(run.variant, []).append(cost["stage1_seconds"])
+            self.seconds["rest"].setdefault(run.variant, []).append(cost["stage2_seconds"] + cost["evaluation_seconds"])
 
     def after(self, run: Run) -> str:
         self.todo.pop(run.name, None)
-        self.ran += self._add(run)
-        self.workers = max(1.0, self.ran / max(1e-9, time.monotonic() - self.began))  # how much ran side by side
+        self.finished += 1
+        self._add(run)
         return self.left()
 
+    def _mean(self, part: str, variant: str) -> float:
+        every = self.seconds[part]
+        values = every.get(variant) or [value for values in every.values() for value in values]
+        return sum(values) / len(values)
+
     def left(self) -> str:
-        every = [value for values in self.seconds.values() for value in values]
-        if not every:
-            return f"{len(self.todo)} runs left"
-        mean = sum(every) / len(every)
-        each = [sum(v) / len(v) if (v := self.seconds.get(run.variant)) else mean for run in self.todo.values()]
-        return f"about {duration(sum(each) / self.workers)} left"
+        if not self.todo:
+            return "nothing is left"
+        if not self.seconds["rest"]:
+            return "no run is finished yet, so their time is not known"
+        if self.side_by_side is None and self.finished:
+            return f"about {duration((time.monotonic() - self.began) / self.finished * len(self.todo))} left"
+        trained, total = set(), 0.0
+        for run in self.todo.values():
+            if run.stage1 not in trained and not (run.stage1 / "summary.json").is_file():
+                total += self._mean("first", run.variant)
+            trained.add(run.stage1)
+            total += self._mean("rest", run.variant)
+        return f"about {duration(total / max(1, min(self.side_by_side or 1, len(self.todo))))} left"

@@ -13,19 +13,26 @@ from xformer import publish
 from xformer.checkpoint import checkpoints
 from xformer.console import say
 from xformer.evaluation.suite import SUITE
+from xformer.lab.results import UNKNOWN
 from xformer.lab.run import Run, captions_missing, load, score
+from xformer.settings import Settings
 
+FILE = "baselines.json"  # beside the runs' JSONs, so that it is committed with them
 CONSTANT, BLIND, TOLD = "constant answer", "blind LLM", "LLM given a true caption"
 
 
-def measure(out: Path, runs: list[Run]) -> None:
-    """Writes OUT/baselines.json, unless it is there and belongs to the same questions and weights."""
-    run = next((run for run in runs if checkpoints(run.stage2)), None)
+def measure(out: Path, runs: list[Run], base: Settings) -> None:
+    """Writes OUT/results/baselines.json, unless it is there and belongs to the same questions and language model.
+
+    Where no run of the base's language model is here whole (only JSONs were copied), what is there stays.
+    """
+    ours = (run for run in runs if run.settings.llm == base.llm and run.settings.eval == base.eval)
+    run = next((run for run in ours if checkpoints(run.stage2) and run.made.get("features", UNKNOWN) != UNKNOWN), None)
     if run is None:
-        return  # every run was reused from its JSON
-    made = {key: run.made.get(key) for key in ("weights", "data", "limit")}
+        return
+    made = {key: run.made[key] for key in ("data", "limit")} | {"llm": run.made["weights"]["llm"]}
     made["eval"] = run.settings.eval.model_dump(mode="json")
-    file = out / "baselines.json"
+    file = out / "results" / FILE
     if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["made_with"] == made:
         return
     from xformer.evaluation.answers import Wanted, answer
@@ -59,7 +66,7 @@ def _parts(rows: list[dict[str, Any]], each: np.ndarray, name: str) -> dict[str,
     return {category: round(100 * float(np.mean(values)), 2) for category, values in sorted(places.items())}
 
 
-def read(out: Path) -> dict[str, dict[str, Any]]:
-    """Scores by system and benchmark; {} where none were measured."""
-    file = out / "baselines.json"
+def read(results: Path) -> dict[str, dict[str, Any]]:
+    """Scores by system and benchmark, from the folder of the runs' JSONs; {} where none were measured."""
+    file = results / FILE
     return json.loads(file.read_text(encoding="utf-8"))["scores"] if file.is_file() else {}

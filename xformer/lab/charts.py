@@ -59,8 +59,8 @@ def grouped_bars(values: dict[str, dict[str, dict[str, Any]]], order: list[str],
             color=colour_of(variant, variants), label=name_of(variant), error_kw={"lw": 1, "ecolor": "0.3"},
         )  # fmt: skip
     axis.set_xticks(range(len(groups)), groups)
-    top = max((v["mean"] for group in values.values() for v in group.values()), default=1.0)
-    axis.set_ylim(0, top * 1.15)
+    top = max((v["mean"] + (v["half"] or 0.0) for group in values.values() for v in group.values()), default=1.0)
+    axis.set_ylim(0, max(1.0, top) * 1.05)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", alpha=0.25)
     figure.legend(frameon=False, fontsize=8, ncols=2, loc="outside upper center")

@@ -1,12 +1,16 @@
-"""Which cached features a set of variants needs, the commands that make them once, and what the cache saved."""
+"""Which cached features a set of variants needs, what of it a store lacks, and the commands that make it once."""
 
 import hashlib
 import json
+import os
+import shutil
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pipeline.store import FeatureStore, describe
+from pipeline.store import FeatureStore
+from xformer import publish
 from xformer.data import Cache
 from xformer.errors import SettingsError, WeightsError
 from xformer.lab.run import Run
@@ -39,14 +43,14 @@ class Needs:
     variants: list[str] = field(default_factory=list)
 
 
-def masked_ratio(variant: Variant) -> float:
+def masked_ratio(settings: Settings, model: str, where: str) -> float:
     """The one ratio above 0 that a variant reads masks at; 0 where it reads none. Raises SettingsError for two."""
-    if local_tokens(variant.settings, variant.model) != "mae":
+    if local_tokens(settings, model) != "mae":
         return 0.0
-    found = sorted({mask_ratio(variant.settings, variant.model, phase) for phase in PHASES} - {0.0})
+    found = sorted({mask_ratio(settings, model, phase) for phase in PHASES} - {0.0})
     if len(found) > 1:
         raise SettingsError(
-            f"ablations.variants.{variant.name}: reads masks at {found[0]} and at {found[1]}; a store holds one ratio and "
+            f"{where}: reads masks at {found[0]} and at {found[1]}; a store holds one ratio and "
             "the whole image: use one of them, or 0."
         )
     return found[0] if found else 0.0
@@ -54,7 +58,7 @@ def masked_ratio(variant: Variant) -> float:
 
 def store_of(variant: Variant, base: Settings) -> str:
     """The store's file name: one for all, and one more for every other ratio of masked patches."""
-    ratio = masked_ratio(variant)
+    ratio = masked_ratio(variant.settings, variant.model, f"ablations.variants.{variant.name}")
     return "store.zarr" if ratio in (0.0, base.mae.mask_ratio) else f"store-mask-{ratio:g}.zarr"
 
 
@@ -74,22 +78,34 @@ def needs(variants: list[Variant], base: Settings) -> dict[str, Needs]:
         if local != "mae":
             continue
         need.whole |= any(mask_ratio(settings, variant.model, phase) == 0 for phase in PHASES)
-        if ratio := masked_ratio(variant):
+        if ratio := masked_ratio(settings, variant.model, where):
             if patches * (1 - ratio) < 1:
                 raise SettingsError(f"{where}: a mask ratio of {ratio:g} leaves none of {patches} patches.")
             need.ratio, need.draws = ratio, base.mae.draws
+            if (settings.local.draws or 0) > need.draws:
+                raise SettingsError(
+                    f"{where}: local.draws is {settings.local.draws}; the cache holds {need.draws} draws."
+                )
+            have = settings.local.draws or need.draws
+            if mask_ratio(settings, variant.model, "eval") and settings.eval.draw >= have:
+                raise SettingsError(f"{where}: eval.draw is {settings.eval.draw}; it reads the draws 0 to {have - 1}.")
         need.pixels |= any(rebuilds(settings, variant.model, stage) for stage in ("stage1", "stage2"))
     return found
 
 
 def clip_depth(settings: Settings) -> int:
     """How many blocks the CLIP encoder has, without its weights."""
+    return _depth(settings.clip.architecture, json.dumps(settings.clip.kwargs))
+
+
+@cache
+def _depth(architecture: str, kwargs: str) -> int:
     import timm
     import torch
 
-    arguments: dict[str, Any] = dict(settings.clip.kwargs)
+    arguments: dict[str, Any] = json.loads(kwargs)
     with torch.device("meta"):
-        model: Any = timm.create_model(settings.clip.architecture, pretrained=False, num_classes=0, **arguments)
+        model: Any = timm.create_model(architecture, pretrained=False, num_classes=0, **arguments)
     return len(model.blocks)
 
 
@@ -129,17 +145,37 @@ def arrays_read(run: Run, phases: tuple[Phase, ...] = PHASES) -> dict[str, str]:
 
 
 def lines(need: Needs, store: Path, corpus: Path) -> list[list[str]]:
-    """The `xformer extract` lines that fill a store; a line whose features are there does nothing.
+    """The `xformer extract` lines that fill what a store lacks.
 
     The encoders run one after the other, so that each one's seconds are measured.
     """
     start = ["extract", "--corpus", str(corpus), "--store", str(store)]
-    found = [[*start, "--encoder", "clip", "--layers", ",".join(map(str, need.layers))]]
-    if need.draws:
+    lacking, found = missing(need, store), []
+    if any(name.startswith("clip/") for name in lacking):
+        found.append([*start, "--encoder", "clip", "--layers", ",".join(map(str, need.layers))])
+    if need.draws and any(name.startswith(("mae/draw-", "pixels/")) for name in lacking):
         found.append([*start, "--encoder", "mae", "--mask-ratio", f"{need.ratio:g}", "--draws", str(need.draws)])
-    if need.whole:
+    if "mae/full/tokens" in lacking:
         found.append([*start, "--encoder", "mae", "--mask-ratio", "0"])
     return found
+
+
+def share(source: Path, target: Path) -> None:
+    """Starts a store of the same images with another one's index, CLIP features and pixels: hard links, made once. Files
+    of a store are only ever replaced, so neither store can change the other's."""
+    if indexed(target) or not indexed(source):
+        return
+
+    def link(file: str, place: str) -> None:
+        try:
+            os.link(file, place)
+        except OSError:  # a file system without links
+            shutil.copy2(file, place)
+
+    with publish.directory(target) as folder:
+        shutil.copytree(
+            source, folder, copy_function=link, ignore=shutil.ignore_patterns("mae", ".*"), dirs_exist_ok=True
+        )
 
 
 def missing(need: Needs, store: Path) -> list[str]:
@@ -166,37 +202,3 @@ def data_sha256(store: Path) -> str:
         digest.update(value.as_py())
     digest.update((store / "index" / "captions.arrow").read_bytes())
     return digest.hexdigest()
-
-
-def encoder_seconds(store: Path) -> dict[str, float]:
-    """Measured seconds of one forward pass per image: `clip` (to the deepest cached block), `draw`, `whole`; and
-    `once`, all the seconds that filling the store took."""
-    described = describe(store)
-    images = described["images"]
-    sums = {"clip": 0.0, "draw": 0.0, "whole": 0.0}
-    draws = 0
-    for name, array in described["arrays"].items():
-        kind = "clip" if name.startswith("clip/") else "whole" if name.startswith("mae/full/") else "draw"
-        sums[kind] += array["seconds"]
-        draws += name.startswith("mae/draw-") and name.endswith("/tokens")
-    return {
-        "clip": sums["clip"] / images,
-        "draw": sums["draw"] / images / max(1, draws),
-        "whole": sums["whole"] / images,
-        "once": sum(sums.values()),
-    }
-
-
-def online_seconds(variant: Variant, seconds: dict[str, float], images: dict[Phase, int]) -> float:
-    """What the encoders would have cost inside one run: every image that a step or a benchmark reads, encoded there.
-
-    Args:
-        images: how many images each phase read; in evaluation each image counts once per benchmark.
-    """
-    total = 0.0
-    for phase, count in images.items():
-        each = seconds["clip"]
-        if local_tokens(variant.settings, variant.model) == "mae":
-            each += seconds["draw" if mask_ratio(variant.settings, variant.model, phase) else "whole"]
-        total += count * each
-    return total

@@ -1,4 +1,4 @@
-"""Runs of an ablation side by side on Dask workers: one per GPU, or several processes of this machine.
+"""Runs of an ablation side by side on Dask workers: one or more per GPU, or several processes of this machine.
 
 A slow test runs two processes on one CPU machine; the GPU path is the same code with one CUDA device per worker, and has
 not run on several GPUs yet.
@@ -10,15 +10,18 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from xformer.console import say
 from xformer.errors import TrainingError
 from xformer.lab.run import Run, finish, train_first
+
+TOPIC = "xformer runs"  # what workers tell
 
 
 def on_dask(runs: list[Run], workers: int, gpus: bool, scheduler: str | None) -> Iterator[Run]:
     """Yields runs as they are finished; a stage 1 that several variants share is trained once, before them.
 
     Args:
-        gpus: one worker per CUDA device of this machine.
+        gpus: the workers share the CUDA devices of this machine, each of which has at least one.
         scheduler: the address of a cluster that runs already, whose workers see one device each and the same folders.
 
     Raises: TrainingError where a worker dies again and again, or the scheduler is lost; and what a run raises.
@@ -31,6 +34,7 @@ def on_dask(runs: list[Run], workers: int, gpus: bool, scheduler: str | None) ->
     cluster = None if scheduler else _cluster(min(workers, len(runs)), gpus)
     try:
         with Client(cluster or scheduler, timeout=20) as client:
+            client.subscribe_topic(TOPIC, lambda event: say(event[1]))
             first = {}
             for place, run in enumerate(runs):
                 if run.stage1 not in first:
@@ -56,20 +60,25 @@ def on_dask(runs: list[Run], workers: int, gpus: bool, scheduler: str | None) ->
                 cluster.close(timeout=5)
 
 
+def devices(workers: int) -> list[int]:
+    """The CUDA device of each worker: every device has one, and further workers share them in turn. Raises TrainingError
+    where there is none."""
+    import torch
+
+    count = torch.cuda.device_count()
+    if not count:
+        raise TrainingError("--gpus: this machine has no CUDA device; use --workers N.")
+    return [number % count for number in range(max(workers, count))]
+
+
 def _cluster(workers: int, gpus: bool):
-    """Worker processes on this machine that share its cores, or one for each CUDA device."""
+    """Worker processes on this machine that share its cores, and with `gpus` its CUDA devices."""
     from distributed import Nanny, Scheduler, SpecCluster
 
-    devices = [None] * workers
-    if gpus:
-        import torch
-
-        devices = list(range(torch.cuda.device_count()))
-        if not devices:
-            raise TrainingError("--gpus: this machine has no CUDA device; use --workers N.")
-    threads = str(max(1, (os.cpu_count() or 1) // len(devices)))
+    places: list[int | None] = [*devices(workers)] if gpus else [None] * workers
+    threads = str(max(1, (os.cpu_count() or 1) // len(places)))
     specs = {}
-    for number, device in enumerate(devices):
+    for number, device in enumerate(places):
         environment = {"OMP_NUM_THREADS": threads}
         environment |= {} if device is None else {"CUDA_VISIBLE_DEVICES": str(device)}
         options = {"nthreads": 1, "env": environment, "memory_limit": 0, "host": "127.0.0.1", "dashboard_address": None}
@@ -80,14 +89,23 @@ def _cluster(workers: int, gpus: bool):
 
 def _first(run: Run) -> Path:
     _prepare()
+    if not (run.stage1 / "summary.json").is_file():
+        _tell(f"{run.stage1.name} begins")
     train_first(run)
     return run.stage1
 
 
 def _last(run: Run, stage1: Path) -> str:
     _prepare()
+    _tell(f"{run.name}: stage 2 and evaluation begin")
     finish(run)
     return run.name
+
+
+def _tell(text: str) -> None:
+    from distributed import get_worker
+
+    get_worker().log_event(TOPIC, text)
 
 
 def _prepare() -> None:

@@ -98,17 +98,38 @@ def scores_of(result: dict[str, Any], benchmark: str, part: str | None = None) -
     return np.concatenate([unpack(parts[name]) for name in names]) if names else np.empty(0)
 
 
-def read_results(folder: Path) -> list[dict[str, Any]]:
-    """Every run's JSON in a folder, sorted by file name. Raises EvaluationError for one that is damaged."""
-    found = []
+def read_results(folder: Path) -> dict[Path, dict[str, Any]]:
+    """Every run's JSON in a folder by its file, sorted. Raises EvaluationError for one that is damaged."""
+    found = {}
     for file in sorted(folder.glob("*.json")):
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
             raise EvaluationError(f"{file}: not a run's JSON: {error}; remove it to run that again.") from None
         if isinstance(content, dict) and content.get("format") == FORMAT:
-            found.append(content)
+            if not isinstance(content.get("made_with"), dict):
+                raise EvaluationError(f"{file}: does not say what it was made with; remove it to run that again.")
+            found[file] = content
     return found
+
+
+def refuse_mixed(found: dict[Path, dict[str, Any]]) -> None:
+    """Raises EvaluationError, naming the field and two files, where runs do not belong side by side: another base, code,
+    data, features or weights. Models, seeds, and what a variant changes may differ, and so may versions."""
+    first: dict[str, tuple[Any, Path]] = {}
+    for file, result in found.items():
+        own = {f"settings.{key}" for key in _flat(result["changes"])} | {"model", "settings.seed"}
+        own |= {"weights.llm"} if "settings.llm.weights" in own else set()
+        own |= {"weights.text", "weights.bert"} if "settings.qformer.text" in own else set()
+        for key, value in _flat(result["made_with"]).items():
+            if key in own or any(key.startswith(f"{name}.") for name in own):
+                continue
+            there, other = first.setdefault(key, (value, file))
+            if value != there:
+                raise EvaluationError(
+                    f"{other} and {file} were not made alike: {key} is {_short(there)} in the first and {_short(value)} "
+                    "in the second; runs that are compared must share base settings, code and data."
+                )
 
 
 def read_result(file: Path) -> dict[str, Any] | None:
@@ -164,6 +185,12 @@ def _flat(tree: dict[str, Any], path: str = "") -> dict[str, Any]:
     for key, value in tree.items():
         found |= _flat(value, f"{path}{key}.") if isinstance(value, dict) else {f"{path}{key}": value}
     return found
+
+
+def differences(base: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """The settings of `other` that are not those of `base`, by dotted name; the seed does not count."""
+    have = _flat(base)
+    return {k: v for k, v in _flat(other).items() if k != "seed" and (k not in have or have[k] != v)}
 
 
 def _short(value: Any) -> str:

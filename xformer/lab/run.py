@@ -118,8 +118,7 @@ def finish(run: Run) -> dict[str, Any]:
             "trainable": {stage: summary["trainable"] for stage, summary in summaries.items()},
         },
         "curves": {stage: curves(folder, CURVES[stage]) for stage, folder in _stages(run).items()},
-        "versions": {name: version(name) for name in LIBRARIES}
-        | {"xformer": version("xformer-mllm"), "device": device()},
+        "versions": versions(),
         "made_with": run.made_with(),
     }
     write_result(run.result, result)
@@ -143,11 +142,12 @@ def _stages(run: Run) -> dict[str, Path]:
     return {"stage1": run.stage1, "stage2": run.stage2}
 
 
-def device() -> str:
-    """What a run is trained on, by its name."""
+def versions() -> dict[str, str]:
+    """Of the libraries that decide numbers, of this package, and the name of the device."""
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
+    return {name: version(name) for name in LIBRARIES} | {"xformer": version("xformer-mllm"), "device": device}
 
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:

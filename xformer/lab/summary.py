@@ -8,26 +8,28 @@ import numpy as np
 from xformer import publish
 from xformer.console import duration, say, table
 from xformer.evaluation.intervals import student
-from xformer.lab import baselines, features
-from xformer.lab.claims import judge
-from xformer.lab.results import read_result
-from xformer.lab.variants import Variant
+from xformer.lab import baselines, encoding
+from xformer.lab.claims import explore, judge
+from xformer.lab.results import read_results
 from xformer.local import Phase
-from xformer.settings import Settings
+from xformer.settings import settings_from
 
 Result = dict[str, Any]
 
 
-def summarise(out: Path, base: Settings, variants: list[Variant], files: list[Path]) -> dict[str, Any]:
-    """Prints and writes OUT/summary.json over all finished runs of these files."""
-    results = [result for file in files if (result := read_result(file)) is not None]
+def summarise(out: Path, asked: int) -> dict[str, Any]:
+    """Prints and writes OUT/summary.json over all finished runs of OUT; `asked`: how many this call was asked for."""
+    results, stores = list(read_results(out / "results").values()), encoding.known(out, out / "results")
+    if stores:
+        publish.write_json(out / "results" / encoding.FILE, stores)
     report: dict[str, Any] = {
         "runs": len(results),
-        "of": len(files),
+        "asked": asked,
         "seeds": sorted({result["seed"] for result in results}),
-        "scores": score_rows(results, baselines.read(out)),
+        "scores": score_rows(results, baselines.read(out / "results")),
         "claims": judge(results),
-        "cost": cost(out, base, variants, results),
+        "explored": explore(results),
+        "cost": cost(results, stores),
     }
     publish.write_json(out / "summary.json", report)
     show(report, out)
@@ -60,21 +62,21 @@ def mean_and_half(values: list[float]) -> dict[str, Any]:
     return {"mean": round(float(np.mean(values)), 2), "half": half}
 
 
-def cost(out: Path, base: Settings, variants: list[Variant], results: list[Result]) -> dict[str, Any]:
+def cost(results: list[Result], stores: dict[str, dict[str, float]]) -> dict[str, Any]:
     """Measured seconds of training and evaluation, and of encoding once against encoding inside every run.
 
     Online seconds are estimated: images that the runs read, times the measured seconds per image of each encoder. In
     evaluation an image counts once per benchmark. A stage 1 that variants share counts once on both sides.
+
+    Args:
+        stores: encoding.known; {}: encoding is not counted.
     """
-    stores = {v.name: out / features.store_of(v, base) for v in variants}
-    known = {store: features.encoder_seconds(store) for store in set(stores.values()) if store.is_dir()}
-    by_name = {variant.name: variant for variant in variants}
-    once = sum(seconds["once"] for seconds in known.values())
     phases = {"stage 1": 0.0, "stage 2": 0.0, "evaluation": 0.0}
-    online, seen = 0.0, set()
+    online: float | None = 0.0
+    seen: set[str] = set()
     for result in results:
         used = result["cost"]
-        counted: dict[Phase, int] = dict(used["images"])
+        counted: dict[Phase, int] = dict(used.get("images", {}))
         if used["stage1_run"] in seen:
             counted["stage1"] = 0
         else:
@@ -82,17 +84,41 @@ def cost(out: Path, base: Settings, variants: list[Variant], results: list[Resul
         seen.add(used["stage1_run"])
         phases["stage 2"] += used["stage2_seconds"]
         phases["evaluation"] += used["evaluation_seconds"]
-        if (store := stores[result["variant"]]) in known:
-            online += features.online_seconds(by_name[result["variant"]], known[store], counted)
-    if not known:
-        return {"seconds": phases, "note": "the store is not here: encoding is not counted"}
-    rest = sum(phases.values())
+        if stores and online is not None:
+            settings = settings_from(result["made_with"]["settings"], result["variant"])
+            one = encoding.online_seconds(settings, result["model"], stores, counted)
+            online = None if one is None else online + one
+    if not stores or online is None:
+        return {"runs": len(results), "seconds": phases, "note": "the store is not here: encoding is not counted"}
+    once, rest = sum(seconds["once"] for seconds in stores.values()), sum(phases.values())
     return {
+        "runs": len(results),
         "seconds": {"encoding, once": round(once, 1)} | {name: round(value, 1) for name, value in phases.items()},
+        "encoding_seconds_once": round(once, 1),
         "encoding_online_seconds": round(online, 1),
         "saved_seconds": round(online - once, 1),
         "ratio": round((rest + online) / (rest + once), 2) if rest + once else None,
+        "clip_passes": round(max(seconds["clip_passes"] for seconds in stores.values()), 1),
     }
+
+
+def saving(spent: dict[str, Any]) -> str:
+    """What the cache saved, as a sentence; nothing where it is not known."""
+    if not spent.get("ratio"):
+        return ""
+    passes = spent.get("clip_passes", 1.0)
+    ran = (
+        "ran once"
+        if passes <= 1
+        else f"ran {passes:g} times over the images (its blocks were cached at different times)"
+    )
+    saved = spent["saved_seconds"]
+    return (
+        f"The CLIP {ran}; all encoding took {duration(spent['encoding_seconds_once'])}. Inside these {spent['runs']} "
+        f"runs it would have taken {duration(spent['encoding_online_seconds'])} (estimated from the measured seconds per "
+        f"image): the cache {'saved' if saved >= 0 else 'cost'} {duration(abs(saved))}; with online encoders the whole "
+        f"would take {spent['ratio']:.2f} times as long."
+    )
 
 
 def show(report: dict[str, Any], out: Path) -> None:
@@ -104,15 +130,13 @@ def show(report: dict[str, Any], out: Path) -> None:
     ]
     heads = ("claim", "paper", "difference", "95% interval", "p (Holm)", "seeds", "verdict")
     table("claims (the rule stands in xformer/lab/claims.py)", heads, lines)
+    lines = [(row["claim"], *numbers(row), len(row["seeds"])) for row in report["explored"] if "missing" not in row]
+    if lines:
+        table("X-Former minus Q-Former by type of GQA (not predefined: no verdicts)", ("", *heads[2:6]), lines)
     spent = report["cost"]
     table("cost", ("phase", "time"), [(name, duration(value)) for name, value in spent["seconds"].items()])
-    if spent.get("ratio"):
-        say(
-            f"Encoding ran once. Inside these {report['runs']} runs it would have taken "
-            f"{duration(spent['encoding_online_seconds'])} (estimated from the measured seconds per image): the cache saved "
-            f"{duration(max(0, spent['saved_seconds']))}; with online encoders the whole would take "
-            f"{spent['ratio']:.2f} times as long."
-        )
+    if text := saving(spent):
+        say(text)
     say(f"in {out}: summary.json, results/ (one JSON per run); the page: xformer report {out} --out report.html")
 
 
