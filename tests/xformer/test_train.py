@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.faults.test_identities import rewrite
 from xformer import checkpoint, stopping
 from xformer.errors import CheckpointError, SettingsError, Stopped, StoreError, TrainingError
 from xformer.loop import Loop
@@ -304,10 +305,7 @@ def test_features_of_another_encoder_are_refused_and_the_field_is_named(
     features: Path, stage1: Path, small: list[str], tmp_path: Path
 ) -> None:
     other = Path(shutil.copytree(features, tmp_path / "store.zarr"))
-    meta = other / "clip/5/tokens/zarr.json"
-    content = json.loads(meta.read_text())
-    content["attributes"]["identity"]["weights_sha256"] = "0" * 64
-    meta.write_text(json.dumps(content))
+    rewrite(other, "clip/5/tokens", "identity", "weights_sha256")
     with pytest.raises(StoreError, match="clip weights_sha256"):
         train_stage2([other], stage1, tmp_path / "out", load_settings(overrides=small), None, resume=False)
 
