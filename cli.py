@@ -609,7 +609,9 @@ def ablate(
     corpus: Annotated[Path | None, typer.Option(help="Left out, the shapes corpus, drawn into OUT/shapes.")] = None,
     plan: Annotated[bool, typer.Option("--plan", help="Only print what would be done.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Runs side by side, on Dask processes of this machine.")] = 1,
-    gpus: Annotated[bool, typer.Option("--gpus", help="One run at a time on each CUDA device.")] = False,
+    gpus: Annotated[
+        bool, typer.Option("--gpus", help="Runs on the CUDA devices; --workers beyond their number share them.")
+    ] = False,
     scheduler: Annotated[str | None, typer.Option(help="Address of a running Dask scheduler.")] = None,
     preset: Preset = "tiny",
     config: Config = None,

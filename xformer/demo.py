@@ -61,6 +61,18 @@ def run_demo(
                 *given, "--out", str(out / "eval" / f"{model}-{benchmark}"),
                 "--blind" if model == MODELS[0] else "--no-blind", "--no-shuffled",
             )  # fmt: skip
+    runs = [str(out / "runs" / f"{model}-stage2") for model in reversed(MODELS)]
+    which = [
+        "--checkpoint",
+        runs[0],
+        "--against",
+        runs[1],
+        "--features",
+        str(store),
+        "--out",
+        str(out / "eval/diversity"),
+    ]
+    run("query similarity", "eval", "diversity", *which)
     report = {"seed": settings.seed, "seconds": costs}
     report |= _draw(out, store, corpus)
     report["scores"] = _scores(out)

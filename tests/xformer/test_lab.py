@@ -13,7 +13,8 @@ from xformer.console import duration
 from xformer.errors import EvaluationError, SettingsError, StoreError, TrainingError, WeightsError
 from xformer.lab import encoding, results, summary
 from xformer.lab import features as lab_features
-from xformer.lab.ablate import Clock, Request, ablate, make_plan
+from xformer.lab.ablate import Request, ablate, make_plan
+from xformer.lab.clock import Clock
 from xformer.lab.parallel import devices
 from xformer.lab.variants import load_ablations
 from xformer.params import trained

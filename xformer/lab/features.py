@@ -111,6 +111,9 @@ def _depth(architecture: str, kwargs: str) -> int:
 
 def frozen_weights(variant: Variant) -> dict[str, str]:
     """The sha256 of every frozen part that a variant uses. Raises WeightsError where one is missing."""
+    from huggingface_hub.utils import logging
+
+    logging.set_verbosity_error()  # its retries are in the sentence of the WeightsError
     settings = variant.settings
     wanted = {"clip": settings.clip.weights, "llm": settings.llm.weights}
     wanted |= {"mae": settings.mae.weights} if local_tokens(settings, variant.model) == "mae" else {}

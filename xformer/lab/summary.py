@@ -150,6 +150,7 @@ def numbers(row: dict[str, Any]) -> tuple[str | None, str | None, str | None]:
     """Difference, interval and corrected p of a claim, as text; an "unharmed" row has no p."""
     if "missing" in row:
         return None, None, None
-    low, high = row["interval"]
+    bound = np.inf if row["benchmark"] == "coco-caption" else 100.0  # CIDEr has no upper end
+    low, high = (min(bound, max(-bound, limit)) for limit in row["interval"])  # few seeds reach beyond what can be
     p = f"{row['p_holm']:.4f}" if "p_holm" in row else None
     return f"{row['difference']:+.2f}", f"{low:+.2f} to {high:+.2f}", p
