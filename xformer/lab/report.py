@@ -68,9 +68,23 @@ def _csv(file: Path, rows: list[dict[str, Any]]) -> None:
 
 def _claims(judged: list[dict[str, Any]], beside: Path) -> list[str]:
     rule = " ".join((claims.__doc__ or "").partition("The rule")[2].split()).replace(" * ", " • ")
+    run, not_run = ([row for row in judged if bool(row["seeds"]) == there] for there in (True, False))
+    png = charts.claim_intervals(judged, beside / "claims.png")
+    others = [f"<details><summary>{len(not_run)} more claims, not run</summary>", *_claim_rows(not_run), "</details>"]
+    return [
+        "<h2>Claims</h2>", *_claim_rows(run), *(others if not_run else []),
+        "<p class=note>On a phone the table scrolls sideways. theirs: what the paper prints for both systems, with other "
+        "data and sizes.</p>",
+        *([page.figure(png, "Differences, 95% intervals: green holds, red does not, grey is open")] if png else []),
+        "<details><summary>The rule, fixed before any run over five seeds</summary>",
+        f"<p class=note>The rule {escape(rule)}</p></details>",
+    ]  # fmt: skip
+
+
+def _claim_rows(rows: list[dict[str, Any]]) -> list[str]:
     lines = ["<div class=scroll><table class=claims><tr><th>claim</th><th>verdict</th><th>paper</th><th>difference</th>"
              "<th>95% interval</th><th>p (Holm)</th><th>seeds</th><th>n</th><th>theirs</th></tr>"]  # fmt: skip
-    for row in judged:
+    for row in rows:
         theirs = f"{row['paper'][0]:g} / {row['paper'][1]:g}" if row["paper"] else ""
         difference, interval, p = (text or "" for text in numbers(row))
         cells = [row["source"], "", difference, interval, p, str(len(row["seeds"])), str(row.get("n", "")), theirs]
@@ -80,15 +94,7 @@ def _claims(judged: list[dict[str, Any]], beside: Path) -> list[str]:
         lines.append(
             f"<tr><td>{escape(row['claim'])}<br><small class=note>{escape(row['why'])}</small></td>{''.join(drawn)}</tr>"
         )
-    png = charts.claim_intervals(judged, beside / "claims.png")
-    return [
-        "<h2>Claims</h2>", *lines, "</table></div>",
-        "<p class=note>The table scrolls sideways. theirs: what the paper prints for both systems, with other data and "
-        "sizes.</p>",
-        *([page.figure(png, "Differences, 95% intervals: green holds, red does not, grey is open")] if png else []),
-        "<details><summary>The rule, fixed before any run over five seeds</summary>",
-        f"<p class=note>The rule {escape(rule)}</p></details>",
-    ]  # fmt: skip
+    return [*lines, "</table></div>"]
 
 
 def _explored(rows: list[dict[str, Any]]) -> list[str]:
