@@ -12,6 +12,7 @@ import pytest
 
 from cli import main
 from xformer.errors import EvaluationError
+from xformer.lab import charts
 from xformer.lab.collect import collect
 from xformer.lab.report import report
 from xformer.lab.results import pack, write_result
@@ -191,3 +192,12 @@ def test_a_browser_shows_it_on_a_phone_and_on_a_desk(width: int, tmp_path: Path)
     content, images, broken = map(int, shown.groups())
     assert images >= 8 and broken == 0
     assert content <= width
+
+
+def test_bars_and_their_intervals_stay_where_accuracies_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(charts, "_saved", lambda figure, file: drawn.append(figure.axes[0]) or b"")
+    charts.grouped_bars({"oc": {"xformer": {"mean": 40.0, "half": 20.0}}}, ["xformer"], tmp_path / "a.png")
+    charts.grouped_bars({"oc": {"xformer": {"mean": 40.0, "half": 300.0}}}, ["xformer"], tmp_path / "b.png")
+    assert drawn[0].get_ylim()[1] > 60 and not drawn[0].get_xlabel()
+    assert 100 < drawn[1].get_ylim()[1] < 110 and "cut at 0 and 100" in drawn[1].get_xlabel()

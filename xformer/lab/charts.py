@@ -49,18 +49,22 @@ def grouped_bars(values: dict[str, dict[str, dict[str, Any]]], order: list[str],
     figure, axis = plt.subplots(
         figsize=(max(4.4, 0.8 + 0.36 * len(groups) * (len(variants) + 1)), 3.1), layout="constrained"
     )
-    width = 0.84 / max(1, len(variants))
+    width, cut, top = 0.84 / max(1, len(variants)), False, 1.0
     for i, variant in enumerate(variants):
         have = [(g, values[group][variant]) for g, group in enumerate(groups) if variant in values[group]]
         places = [g + (i - (len(variants) - 1) / 2) * width for g, _ in have]
-        halves = [v["half"] or 0.0 for _, v in have]
+        means, halves = (np.array([v[key] or 0.0 for _, v in have]) for key in ("mean", "half"))
+        above = np.minimum(halves, np.maximum(0, 100 - means))
+        cut |= bool((above < halves).any() or (means < halves).any())
+        error, top = np.stack([np.minimum(halves, means), above]), max(top, float((means + above).max()))
         axis.bar(
-            places, [v["mean"] for _, v in have], width * 0.92, yerr=halves if any(halves) else None, capsize=2,
+            places, means, width * 0.92, yerr=error if halves.any() else None, capsize=2,
             color=colour_of(variant, variants), label=name_of(variant), error_kw={"lw": 1, "ecolor": "0.3"},
         )  # fmt: skip
     axis.set_xticks(range(len(groups)), groups)
-    top = max((v["mean"] + (v["half"] or 0.0) for group in values.values() for v in group.values()), default=1.0)
-    axis.set_ylim(0, max(1.0, top) * 1.05)
+    axis.set_ylim(0, top * 1.05)
+    if cut:
+        axis.set_xlabel("intervals are cut at 0 and 100", fontsize=8)
     axis.spines[["top", "right"]].set_visible(False)
     axis.grid(axis="y", alpha=0.25)
     figure.legend(frameon=False, fontsize=8, ncols=2, loc="outside upper center")
@@ -118,6 +122,7 @@ def claim_intervals(rows: list[dict[str, Any]], file: Path) -> bytes | None:
     figure, axis = plt.subplots(figsize=(4.4, 0.7 + 0.42 * len(rows)), layout="constrained")
     widest = max(abs(row["difference"]) for row in rows)
     reach = max(5.0, 1.3 * widest, *[min(abs(v), 3 * max(5.0, widest)) for row in rows for v in row["interval"]])
+    reach = min(100.0, reach)
     for place, row in enumerate(reversed(rows)):
         colour = VERDICT_COLOURS[row["verdict"]]
         low, high = row["interval"]
