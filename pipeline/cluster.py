@@ -17,7 +17,8 @@ IN_FLIGHT = 3  # shards in a worker: one decodes, one is in the encoder, one is 
 MAX_TRIES = 4  # of a shard whose worker died, each after a search for the image that did it
 
 
-Todo = dict[int, tuple[list[str], list[dict]]]  # by shard: the arrays to make, and its dead letters that are known
+# by shard: the arrays to make, its dead letters that are known, and where it is made again the commit record of each array
+Todo = dict[int, tuple[list[str], list[dict], dict[str, dict]]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,6 @@ class Job:
     settings_json: str
     root: str
     gpus: bool
-    redo: bool = False  # the shards are committed, and are made again
 
 
 def run_here(job: Job, todo: Todo, workers: int, scheduler: str | None) -> Iterator[dict]:
@@ -38,8 +38,8 @@ def run_here(job: Job, todo: Todo, workers: int, scheduler: str | None) -> Itera
         try:
             while True:
                 while len(waiting) < IN_FLIGHT and (item := next(left, None)) is not None:
-                    shard, (names, known) = item
-                    task = (job.store, shard, names, known, job.settings_json, job.root, 0, job.gpus, job.redo)
+                    shard, what = item
+                    task = (job.store, shard, *what, job.settings_json, job.root, 0, job.gpus)
                     waiting.append(pool.submit(encode_shard, *task))
                 if not waiting:
                     return
@@ -105,7 +105,7 @@ def run_on_dask(job: Job, todo: Todo, workers: int, scheduler: str | None) -> It
             waiting, shard_of = iter(todo), {}
 
             def submit(shard: int):
-                task = (job.store, shard, *todo[shard], job.settings_json, job.root, threads, job.gpus, job.redo)
+                task = (job.store, shard, *todo[shard], job.settings_json, job.root, threads, job.gpus)
                 future = client.submit(encode_shard, *task, pure=False)
                 shard_of[future.key] = shard
                 return future

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline import places
+from pipeline.index import ids_sha256
 from xformer.errors import StoreError
 
 LETTER = pa.struct([("row", pa.int64()), ("id", pa.string()), ("source", pa.string()), ("reason", pa.string())])
@@ -40,6 +41,28 @@ AT_ONCE = 16  # loose records that are read from an object store at once
 
 def commit_file(store: Path, name: str, shard: int) -> Path:
     return store / name / "commits" / f"{shard}.json"
+
+
+def compose(
+    shard: int,
+    rows: tuple[int, int],
+    ids: list[str],
+    content: bytes | memoryview,
+    fingerprint: str,
+    seconds: float,
+    dead: list[dict],
+) -> dict:
+    """The commit record of a shard file's bytes."""
+    return {
+        "shard": shard,
+        "rows": list(rows),
+        "ids_sha256": ids_sha256(ids),
+        "bytes": len(content),
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "fingerprint": fingerprint,
+        "seconds": round(seconds, 3),
+        "dead": dead,
+    }
 
 
 def publish(store: Path, name: str, record: dict, exclusive: bool = True) -> bool:
@@ -93,6 +116,19 @@ def _loose(store: Path, name: str, damaged: list[Path] | None = None) -> list[di
         return [record for record in pool.map(parse, files) if record is not None]
 
 
+def damaged(store: Path, name: str) -> list[int]:
+    """The shards whose loose record cannot be read."""
+    files: list[Path] = []
+    _loose(store, name, files)
+    return [int(file.stem) for file in files]
+
+
+def any_record(store: Path, name: str) -> bool:
+    """Whether an array has a commit record of any kind, readable or not."""
+    sealed = (places.exists(store / name / "commits" / part) for part in (SEALED, COPY))
+    return any(sealed) or bool(_loose_files(store, name))
+
+
 def _intact(content: bytes) -> bool:
     at = content.rfind(MARK) + len(MARK)
     digest = hashlib.sha256(content[:at])
@@ -121,17 +157,6 @@ def committed(store: Path, name: str, damaged: list[Path] | None = None) -> dict
     """
     loose = _loose(store, name, damaged)
     return {record["shard"]: record for record in [*_sealed(store, name).to_pylist(), *loose]}
-
-
-def record(store: Path, name: str, shard: int) -> dict:
-    """One commit record; {} where there is none, or none that can be read."""
-    try:
-        return _parsed(store, commit_file(store, name, shard))
-    except StoreError:
-        return {}
-    except FileNotFoundError:
-        table = _sealed(store, name)
-        return next(iter(table.filter(pa.array(table["shard"].to_numpy() == shard)).to_pylist()), {})
 
 
 @dataclass
@@ -194,12 +219,13 @@ def _write(store: Path, name: str, records: dict[int, dict]) -> None:
 
 
 def seal(store: Path, name: str, shards: int) -> bool:
-    """Folds the records of a finished array into one file; returns whether it is finished."""
+    """Folds the records of a finished array into one file; returns whether it is finished, and all can be read."""
     loose = _loose_files(store, name)
     if not loose:
         return places.exists(store / name / "commits" / SEALED)
-    records = committed(store, name)
-    if len(records) < shards:
+    unreadable: list[Path] = []
+    records = committed(store, name, unreadable)
+    if unreadable or len(records) < shards:
         return False
     _write(store, name, records)
     for file in loose:

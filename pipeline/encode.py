@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import commits, images, int8, masks, places, store
+from pipeline import images, int8, masks, places, store
 from pipeline.corpora import read_image
 from pipeline.index import Index
 from xformer.settings import Settings
@@ -68,19 +68,20 @@ def encode_shard(
     shard: int,
     names: list[str],
     known: list[dict],
+    old: dict[str, dict],
     settings_json: str,
     root: str,
     threads: int,
     gpus: bool,
-    redo: bool = False,
     only: list[int] | None = None,
 ) -> dict[str, Any]:
     """Encodes and commits one shard of the named arrays; runs in a worker.
 
     Args:
         known: dead letters that arrays of the same pass hold already for this shard, so that all arrays agree.
-        redo: the shard is committed and is made again. An array in which a picture would die that is alive is left as
-            it is; any other keeps its commit record until the new bytes are there.
+        old: where the shard is committed and is made again, the commit record of each array, or as much as is known of
+            it: {"dead": letters}. An array in which a picture would die that is alive is left as it is; any other keeps
+            its commit record until the new bytes are there.
         only: encode only these rows and commit nothing; used to find an image that crashes the process.
 
     Returns: its number, rows, dead letters, arrays that were left with the reason, seconds in all and inside the
@@ -100,7 +101,6 @@ def encode_shard(
     ids = [record["id"] for record in records]
     dead = {row - start: reason for row, reason in crashed(where).items() if start <= row < start + len(records)}
     dead |= {d["row"] - start: d["reason"] for d in known}
-    old = {name: commits.record(where, name, shard) for name in names} if redo else {}
     left: dict[str, str] = {}
     views = sorted({view_of(name, settings.store.views) for name in names})
     pixels = decode(records, Path(root), settings, views, dead, only, start)
@@ -253,7 +253,7 @@ def find_crashers(path: str, shard: int, args: tuple, rows: list[int]) -> list[i
 
     names, settings_json, root = args  # of one shard
     child = multiprocessing.get_context("spawn").Process(
-        target=encode_shard, args=(path, shard, names, [], settings_json, root, 1, False, False, rows)
+        target=encode_shard, args=(path, shard, names, [], {}, settings_json, root, 1, False, rows)
     )
     child.start()
     child.join()

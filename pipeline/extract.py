@@ -194,7 +194,7 @@ def extract(
         todo: cluster.Todo = {}
         for shard in range(index.shards):
             if missing := [n for n in names if shard not in done[n]]:
-                todo[shard] = missing, list(known.get(shard, {}).values())
+                todo[shard] = missing, list(known.get(shard, {}).values()), {}
         del done, known
         skipped = index.shards - len(todo)
         if skipped:
@@ -212,7 +212,7 @@ def extract(
                 bar.advance(result["rows"], note=f"{len(dead)} dead letters" if dead else "")
         seconds = time.perf_counter() - began
         for kind in kinds:
-            missing = sum(1 for left, _ in todo.values() if set(left) & set(declared[kind]))
+            missing = sum(1 for left, *_ in todo.values() if set(left) & set(declared[kind]))
             report["encoders"][kind] = {
                 "images": rows if missing else 0,
                 "seconds": round(seconds, 2),

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import cluster, encode, places, provenance, upkeep
+from pipeline.adopt import Siblings, adopt
 from pipeline.commits import committed
 from pipeline.extract import check_gpus, identity
 from pipeline.images import BadImage, decode
 from pipeline.index import Index
-from pipeline.store import FeatureStore, array_names, attributes, describe, first_difference, owner
+from pipeline.store import FeatureStore, attributes, describe, first_difference, owner
 from pipeline.upkeep import Shards
 from xformer.console import progress
 from xformer.errors import StoreError
@@ -40,21 +41,24 @@ def redo(
     Raises: StoreError where pictures or settings are gone or an encoder is another, before anything is made.
     """
     check_gpus(gpus, scheduler)
-    index = Index(path / "index")
+    siblings = Siblings(path)
     passes: dict[cluster.Job, tuple[int, cluster.Todo]] = {}
-    for name, shards in _whole(path, wanted).items():
+    for name, shards in _whole(siblings, wanted).items():
         settings, root = provenance.how(path, name, images)
         have, want = attributes(path, name)["identity"], json.loads(json.dumps(identity(name, settings)))
         if difference := first_difference(have, want):
             raise StoreError(
                 f"{path}: {name} was made by another encoder than is here now: {difference}; nothing was changed."
             )
-        job = cluster.Job(str(places.absolute(path)), settings.model_dump_json(), str(root), gpus, redo=True)
+        job = cluster.Job(str(places.absolute(path)), settings.model_dump_json(), str(root), gpus)
         todo = passes.setdefault(job, (settings.store.workers, {}))[1]
+        records = siblings.records(name)
         for shard in shards:
-            todo.setdefault(shard, ([], []))[0].append(name)
+            arrays, _, old = todo.setdefault(shard, ([], [], {}))
+            arrays.append(name)
+            old[name] = records.get(shard) or {"dead": siblings.known_dead(name, shard)}
     left: list[str] = []
-    rows = sum(stop - start for _, todo in passes.values() for start, stop in map(index.bounds, todo))
+    rows = sum(stop - start for _, todo in passes.values() for start, stop in map(siblings.index.bounds, todo))
     run = cluster.run_here if in_process else cluster.run_on_dask
     with progress(f"make shards of {places.shown(path)} again", rows, "images") as bar:
         for job, (planned, todo) in passes.items():
@@ -65,14 +69,14 @@ def redo(
     return left
 
 
-def _whole(path: Path, wanted: Shards) -> Shards:
+def _whole(siblings: Siblings, wanted: Shards) -> Shards:
     found: Shards = {}
-    for name in array_names(path):
+    for name in siblings.names:
         folder = name.rpartition("/")[0]
         together = {n for n in wanted if n == name or folder != "pixels" and n.rpartition("/")[0] == folder}
         shards = set().union(*(wanted[n] for n in together))
         if shards:
-            found[name] = wanted.get(name, set()) | shards & committed(path, name, damaged=[]).keys()
+            found[name] = wanted.get(name, set()) | shards & siblings.records(name).keys()
     return found
 
 
@@ -80,8 +84,11 @@ def repair(path: Path, images: Path | None = None, **how: Any) -> tuple[list[str
     """Mends what `upkeep.verify` finds. Returns what was wrong, and what of it still is, one line each."""
     with owner(path):
         mended = upkeep.mend(path)
+        adopted = adopt(path)
         found, bad = upkeep.check(path)
-        mended = [line for line in mended if line not in found]
+        if adopted:
+            upkeep.seal(path)
+        mended = [line for line in mended if line not in found] + adopted
         if not bad:
             return mended, found
         left = redo(path, bad, images, **how)

@@ -11,7 +11,6 @@ Inner chunk = one image, stored as raw bytes + crc32c. A missing row is an error
 or, with the same files as objects, under s3://bucket/prefix (pipeline/places.py).
 """
 
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -24,7 +23,7 @@ from awscrt.checksums import crc32c
 from pipeline import commits, objects, places
 from pipeline.cache import LocalCache
 from pipeline.commits import commit_file, committed
-from pipeline.index import Index, ids_sha256
+from pipeline.index import Index
 from pipeline.places import absolute
 from pipeline.reader import MISSING, FeatureArray, array_metadata, fingerprint, shard_file
 from xformer import publish
@@ -198,7 +197,7 @@ def write_shard(
 
     Args:
         block: [rows, ...] of exactly the array's dtype and row shape; dead rows hold the fill value.
-        old: the shard is made again in place of what has this commit record ({}: one that cannot be read). The new
+        old: the shard is made again in place of what has this commit record, or as much as is known of it. The new
             record is published over it after the new bytes; where both are the same, nothing is written.
 
     Raises: StoreError for a wrong shape or dtype, or a row with a value that is not finite and no dead letter.
@@ -215,16 +214,7 @@ def write_shard(
             if not np.isfinite(block[row]).all():
                 raise StoreError(f"{name} row {start + row}: a value is not finite and the row is not a dead letter.")
     content, file = shard_bytes(block, index.shard_rows), shard_file(store, name, shard, block.ndim)
-    record = {
-        "shard": shard,
-        "rows": [start, stop],
-        "ids_sha256": ids_sha256(ids),
-        "bytes": len(content),
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "fingerprint": about["fingerprint"],
-        "seconds": round(seconds, 3),
-        "dead": dead,
-    }
+    record = commits.compose(shard, (start, stop), ids, content, about["fingerprint"], seconds, dead)
     if old is None or not _holds(file, content):
         places.write(file, content)
     if old is None:

@@ -135,11 +135,11 @@ def test_a_committed_shard_is_never_replaced_by_other_bytes(
 ) -> None:
     path, name = copy(features, tmp_path), "clip/5/tokens"
     index, ids, block = Index(path / "index"), [str(i + 1) for i in range(32)], np.ones((32, 8, 96), np.float16)
-    before, record = shard(path, name, 0).read_bytes(), commits.record(path, name, 0)
+    before, record = shard(path, name, 0).read_bytes(), commits.committed(path, name)[0]
     store.write_shard(path, name, index, 0, block, ids, [], 0.0)  # sealed
     withdraw(path, name, {1})
     store.write_shard(path, name, index, 0, block, ids, [], 0.0)  # loose
-    assert shard(path, name, 0).read_bytes() == before and commits.record(path, name, 0) == record
+    assert shard(path, name, 0).read_bytes() == before and commits.committed(path, name)[0] == record
     monkeypatch.setattr(commits, "exists", lambda *_: False)  # another writer commits between question and write
     store.write_shard(path, name, index, 0, block, ids, [], 0.0)
     assert upkeep.verify(path) == []
