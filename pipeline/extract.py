@@ -101,7 +101,7 @@ def _view(view: int, settings: Settings) -> dict:
 def plan_index(path: Path, corpus: Corpus, settings: Settings, limit: int | None) -> Index:
     """Makes the index, or opens the one that is there.
 
-    Raises: StoreError where it belongs to another corpus; one without a committed shard is planned anew instead.
+    Raises: StoreError where it belongs to another corpus, or is lost; one without a committed shard is planned anew.
     """
     store.refuse_foreign(path)
     if places.exists(path / "index" / "index.json"):
@@ -113,6 +113,8 @@ def plan_index(path: Path, corpus: Corpus, settings: Settings, limit: int | None
         }  # fmt: skip
         difference = store.first_difference(have, want)
         if not difference:
+            for name in store.array_names(path):
+                store.refuse_mixed(path, name, index)
             if index.shard_rows != settings.store.shard_rows:
                 rows = f"{index.shard_rows} rows a shard, as it was planned, not {settings.store.shard_rows}"
                 say(f"{places.shown(path)} keeps {rows}")
@@ -122,10 +124,8 @@ def plan_index(path: Path, corpus: Corpus, settings: Settings, limit: int | None
             raise StoreError(
                 f"{places.shown(path)} was planned for another corpus: {difference}; give another --store."
             )
-        for name in names:
-            places.remove_folder(path / name)
+    store.clear_index(path)
     store.create_group(path)
-    places.remove_folder(path / "index")  # of a planning that did not finish; nothing refers to it yet
     say(f"planning {places.shown(path)}: reading every image once")
     with places.built_here(path, "index", last="index.json") as here:
         write_index(here / "index", corpus, settings.store.shard_rows, settings.corpus.val_fraction, limit)

@@ -9,7 +9,7 @@ from pipeline import encode, int8, provenance, store
 from pipeline.index import Index
 from xformer import publish
 from xformer.console import say, table
-from xformer.errors import StoreError
+from xformer.errors import CorpusError, StoreError
 from xformer.settings import Settings
 
 SAMPLE = 64  # images
@@ -17,10 +17,12 @@ SAMPLE = 64  # images
 
 def exact(
     index: Index, shards: list[int], names: list[str], settings: Settings, root: Path, most: int
-) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """The rows that could be encoded, int64 [n], and fp16 features [n, T, C] of each named array."""
+) -> tuple[np.ndarray, dict[str, np.ndarray], str]:
+    """The rows that could be encoded, int64 [n], fp16 features [n, T, C] of each named array, and what was wrong with
+    the first image that could not be encoded ("" where there is none)."""
     found: dict[str, list[np.ndarray]] = {name: [] for name in names}
     rows: list[int] = []
+    failed = ""
     views = sorted({encode.view_of(name, settings.store.views) for name in names})
     for shard in shards:
         records, dead = index.shard(shard)[: most - len(rows)], {}
@@ -29,21 +31,25 @@ def exact(
         ids = [record["id"] for record in records]
         text = settings.model_dump_json()
         blocks = dict(encode.encode(settings, text, pixels, alive, ids, names, False, dead))
+        failed = failed or next((f"{ids[i]}: {dead[i]}" for i in sorted(dead)), "")
         good = [i for i in range(len(records)) if i not in dead]
         rows += [index.bounds(shard)[0] + i for i in good]
         for name in names:
             found[name].append(blocks[name][good])
         if len(rows) >= most:
             break
-    return np.array(rows, np.int64), {name: np.concatenate(parts) for name, parts in found.items()}
+    return np.array(rows, np.int64), {name: np.concatenate(parts) for name, parts in found.items()}, failed
 
 
 def calibrate(index: Index, names: list[str], settings: Settings, root: Path, force: bool) -> dict[str, np.ndarray]:
     """Channel scales of each array from the corpus's first images; refused where int8 would lose too much.
 
-    Half of the sample gives the scales, the other half is measured. Raises StoreError.
+    Half of the sample gives the scales, the other half is measured. Raises StoreError, and CorpusError where no image
+    is usable.
     """
-    _, sample = exact(index, list(range(index.shards)), names, settings, root, SAMPLE)
+    rows, sample, failed = exact(index, list(range(index.shards)), names, settings, root, SAMPLE)
+    if not len(rows):
+        raise CorpusError(f"no image of {index.count} is usable; the first: {failed}.")
     scales = {}
     for name, values in sample.items():
         half = max(1, len(values) // 2)
@@ -83,7 +89,7 @@ def report(path: Path, json_file: Path | None, images: Path | None = None, sampl
         raise StoreError(f"{path} holds no int8 features; make some with: xformer extract --dtype int8")
     shards = np.random.default_rng(0).permutation(opened.index.shards).tolist()
     for (text, root), names in passes.items():
-        rows, values = exact(opened.index, shards, names, Settings.model_validate_json(text), root, sample)
+        rows, values, _ = exact(opened.index, shards, names, Settings.model_validate_json(text), root, sample)
         if not len(rows):
             raise StoreError(f"{path}: none of its images can be read under {root}.")
         for name in names:

@@ -6,6 +6,7 @@ Of a store in an object store both are copied to the local cache when they are f
 """
 
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -55,6 +56,12 @@ class Index:
             raise StoreError(
                 f"{folder.parent} has no finished index; run: xformer extract --store {folder.parent}"
             ) from None
+        check = self.description.pop("check", None)  # of a store that was planned before there was one: none
+        if check is not None and check != description_check(self.description):
+            raise StoreError(
+                f"{folder / 'index.json'} is damaged (its content does not match its hash); restore it from a copy of the "
+                "store, or extract into a new store."
+            )
         self.count: int = self.description["images"]
         self.shard_rows: int = self.description["shard_rows"]
         self.shards = -(-self.count // self.shard_rows)
@@ -216,6 +223,11 @@ class Captions:
 def file_sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def description_check(description: dict) -> str:
+    """The hash of all of index.json but itself, as it stands there under "check"."""
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode()).hexdigest()
 
 
 def ids_sha256(ids: list[str]) -> str:

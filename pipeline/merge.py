@@ -14,7 +14,16 @@ from typing import Any
 
 from pipeline import commits, encode, places, upkeep
 from pipeline.reader import shard_file
-from pipeline.store import MADE, FeatureStore, array_names, first_difference, owner, refuse_foreign
+from pipeline.store import (
+    MADE,
+    FeatureStore,
+    array_names,
+    clear_index,
+    first_difference,
+    owner,
+    refuse_foreign,
+    refuse_mixed,
+)  # fmt: skip
 from xformer.console import progress
 from xformer.errors import StoreError
 
@@ -28,10 +37,12 @@ def merge(target: Path, sources: list[Path]) -> dict[str, Any]:
     opened = [FeatureStore(source) for source in sources]
     if any(places.absolute(source) == places.absolute(target) for source in sources):
         raise StoreError(f"{places.shown(target)} cannot be merged into itself.")
+    _refuse_mixed(sources)
     with owner(target):
         refuse_foreign(target)
         if not places.exists(target / "index/index.json"):
             _begin(target, sources[0])
+        _refuse_mixed([target])
         for source in sources:
             _refuse_other(target, source)
         report: dict[str, Any] = {"store": places.shown(target), "copied": 0, "bytes": 0, "kept": 0}
@@ -51,15 +62,24 @@ def merge(target: Path, sources: list[Path]) -> dict[str, Any]:
 
 def _begin(target: Path, source: Path) -> None:
     """A new store with the source's row order; index.json comes last, it says that the index is whole."""
-    places.remove_folder(target / "index")  # of a merge that did not get far
+    clear_index(target)  # of a merge that did not get far
     files = sorted(places.walk(source / "index"), key=lambda file: (file.name == "index.json", file))
     for file in (source / "zarr.json", *files):
         places.copy(file, target / file.relative_to(source))
 
 
+def _refuse_mixed(paths: list[Path]) -> None:
+    for path in paths:
+        index = FeatureStore(path).index
+        for name in array_names(path):
+            refuse_mixed(path, name, index)
+
+
 def _refuse_other(target: Path, source: Path) -> None:
     """Raises StoreError where two stores do not belong together, before anything is copied."""
     have, want = (_index_of(path) for path in (target, source))
+    if None in (have.get("rows_sha256"), want.get("rows_sha256")):  # an older store has none
+        have, want = ({k: v for k, v in found.items() if k != "rows_sha256"} for found in (have, want))
     if difference := first_difference(have, want):
         said = difference.replace(" there ", " in the target ")
         raise StoreError(f"{places.shown(source)} has other rows than {places.shown(target)}: {said}.")
@@ -76,7 +96,7 @@ def _index_of(path: Path) -> dict[str, Any]:
     another version of its library writes in another way."""
     if damaged := FeatureStore(path).index.damaged():
         raise StoreError("; ".join(damaged))
-    description = json.loads(places.read(path / "index/index.json"))
+    description = dict(FeatureStore(path).index.description)
     hashes = {f"images {k}": v for k, v in description.pop("sha256", {}).items() if k.startswith("c/")}
     return description.pop("corpus") | description | hashes
 
@@ -85,6 +105,7 @@ def _made(path: Path, name: str) -> dict[str, Any]:
     """Everything that must agree for two arrays to be one: identity, usage, int8 scales, and the Zarr metadata."""
     content = json.loads(places.read(path / name / "zarr.json"))
     attributes = content.pop("attributes")
+    attributes.pop("rows_sha256", None)  # compared with each index; older arrays have none
     attributes.pop("fingerprint")  # of the identity, whose first field that differs says more
     return attributes.pop("identity") | attributes.pop("usage") | attributes | content
 

@@ -106,6 +106,29 @@ def array_metadata(store: Path, name: str) -> tuple[tuple[int, ...], np.dtype, d
     return found
 
 
+def refuse_mixed(store: Path, name: str, index: Index) -> None:
+    """Raises StoreError for an array that was not made over the rows of this index: other images, order or shards.
+
+    One whose zarr.json cannot be read is left to `array_metadata`, which says so.
+    """
+    try:
+        about = places.read_json(store / name / "zarr.json")
+        have = {"images": about["shape"][0], "rows a shard": about["chunk_grid"]["configuration"]["chunk_shape"][0]}
+        rows = [found["rows_sha256"] for found in (about["attributes"], index.description) if "rows_sha256" in found]
+    except (StoreError, OSError, LookupError, TypeError, AttributeError):
+        return
+    want = {"images": index.count, "rows a shard": index.shard_rows}
+    wrong = [f"{have[what]} {what} instead of the index's {want[what]}" for what in want if have[what] != want[what]]
+    if len(set(rows)) > 1:
+        wrong.append("other ids or pictures than the index")
+    if wrong:
+        at = places.shown(store)
+        raise StoreError(
+            f"{at}: {name} has {wrong[0]}, so they are not of one extraction; restore {at}/index from a copy, or extract "
+            "into a new store."
+        )
+
+
 def fingerprint(identity: dict[str, Any]) -> str:
     """One hash of everything that decides a feature's value."""
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
@@ -123,13 +146,12 @@ class FeatureArray:
 
     def __init__(self, store: Path, name: str, index: Index, cache: LocalCache | None = None) -> None:
         shape, self.dtype, self.attributes = array_metadata(store, name)
+        refuse_mixed(store, name, index)
         self.store, self.name, self.index, self.shape = store, name, index, shape[1:]
         self.row_bytes = int(np.prod(self.shape)) * self.dtype.itemsize
         self._ndim = len(shape)
         self._commits = summary(store, name, index.shards)
         self._cache = (cache or LocalCache()) if places.is_object(store) else None
-        if shape[0] != index.count:
-            raise StoreError(f"{store}: {name} has {shape[0]} rows, the index {index.count}.")
         if self._commits.prints - {self.attributes["fingerprint"]}:
             raise StoreError(f"{store}: {name} has shards that were made by another encoder than the array says.")
         self.channels: np.ndarray | None = None

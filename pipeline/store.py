@@ -25,7 +25,7 @@ from pipeline.cache import LocalCache
 from pipeline.commits import commit_file, committed
 from pipeline.index import Index
 from pipeline.places import absolute
-from pipeline.reader import MISSING, FeatureArray, array_metadata, fingerprint, shard_file
+from pipeline.reader import MISSING, FeatureArray, array_metadata, fingerprint, refuse_mixed, shard_file
 from xformer import publish
 from xformer.errors import StoreError
 
@@ -34,7 +34,7 @@ MADE = "made.json"  # beside an array's zarr.json: how it was made (pipeline/pro
 
 __all__ = [
     "MISSING", "FeatureArray", "FeatureStore", "LocalCache", "absolute", "commit_file", "committed", "fingerprint",
-    "shard_file",
+    "refuse_mixed", "shard_file",
 ]  # fmt: skip
 
 
@@ -96,6 +96,7 @@ def create_array(
     from zarr.storage import MemoryStore
 
     create_group(store)
+    rows = index.description.get("rows_sha256")
     if have := attributes(store, name):
         wanted = json.loads(json.dumps({"identity": identity, "usage": usage}))
         differences = (first_difference(have.get(part, {}), wanted[part]) for part in wanted)
@@ -118,7 +119,8 @@ def create_array(
         dtype=dtype,
         compressors=[Crc32cCodec()],
         fill_value=float("nan") if dtype.startswith("float") else 0,
-        attributes={"identity": identity, "usage": usage, "fingerprint": fingerprint(identity), **(more or {})},
+        attributes={"identity": identity, "usage": usage, "fingerprint": fingerprint(identity), **(more or {})}
+        | ({"rows_sha256": rows} if rows else {}),
     )
     _write_metadata(store, files)
     return True
@@ -141,6 +143,28 @@ def refuse_foreign(path: Path) -> None:
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         raise StoreError(f"{places.shown(path)} holds other files and is no feature store; give another one.") from None
     _refuse_schema(path, schema)
+
+
+def clear_index(store: Path) -> None:
+    """Removes what an unfinished planning left behind, and arrays without a commit: their rows are planned anew.
+
+    Raises: StoreError where there are features, whose rows only the lost index knew; nothing is removed then.
+    """
+
+    def committed_below(folder: Path) -> bool:  # whether or not its zarr.json is there
+        folders = set(places.children(folder)[1])
+        if "commits" in folders:
+            return any(not file.startswith(".") for file in places.children(folder / "commits")[0])
+        return any(committed_below(folder / name) for name in folders - {"c"} if folder / name != store / "index")
+
+    if committed_below(store):
+        at = places.shown(store)
+        raise StoreError(
+            f"{at} has features but its index is lost: restore {at}/index from a copy, or extract into a new store."
+        )
+    for name in array_names(store):
+        places.remove_folder(store / name)
+    places.remove_folder(store / "index")
 
 
 def create_group(store: Path) -> None:

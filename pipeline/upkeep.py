@@ -13,7 +13,7 @@ from pipeline.commits import committed
 from pipeline.encode import planned_image
 from pipeline.images import BadImage
 from pipeline.index import Index, ids_sha256
-from pipeline.reader import array_metadata, shard_file
+from pipeline.reader import array_metadata, refuse_mixed, shard_file
 from pipeline.store import MADE, FeatureStore, array_names, describe, owner
 from xformer.console import progress
 from xformer.errors import StoreError
@@ -41,8 +41,12 @@ def check(path: Path, only: Shards | None = None) -> tuple[list[str], Shards]:
     ids = dict(enumerate(map(ids_sha256, index.ids())))
     total = len(names) * index.shards if only is None else sum(map(len, only.values()))
     with progress(f"verify {places.shown(path)}", total, "shards") as bar:
+        told = {name: _mend(path, name, write=False) for name in names}
         for name in names:
-            problems += _mend(path, name, write=False)
+            if not told[name]:
+                refuse_mixed(path, name, index)  # its shards would all look damaged
+        for name in names:
+            problems += told[name]
             unreadable: list[Path] = []
             try:
                 (shape, _, about), records = array_metadata(path, name), committed(path, name, unreadable)
@@ -95,6 +99,7 @@ def _mend(path: Path, name: str, write: bool) -> list[str]:
 
 def mend(path: Path) -> list[str]:
     """Restores the small files of a store that are damaged from their copies; returns which."""
+    Index(path / "index")  # refuses a damaged one before anything is written
     return [line for name in array_names(path) for line in _mend(path, name, write=True)]
 
 

@@ -17,7 +17,7 @@ import zarr
 
 from pipeline.captioned import Row
 from pipeline.corpora import Corpus, hash_image
-from pipeline.index import CAPTIONS, ROWS, file_sha256
+from pipeline.index import CAPTIONS, ROWS, description_check, file_sha256
 from xformer import publish
 from xformer.console import progress
 from xformer.errors import CorpusError
@@ -70,6 +70,7 @@ def write_index(folder: Path, corpus: Corpus, shard_rows: int, val_fraction: flo
     seen: set[int] = set()
     doubled: list[str] = []
     counts: Counter[str] = Counter()
+    every = hashlib.sha256()  # id and image of every row in order: arrays carry it, so that none meets another index
     temporary = {name: folder / f".{name}.partial" for name in ("rows.parquet", "captions.arrow")}
     try:
         with (
@@ -86,6 +87,7 @@ def write_index(folder: Path, corpus: Corpus, shard_rows: int, val_fraction: flo
                 if key in seen:
                     doubled.append(row.id)
                 seen.add(key)
+                every.update(f"{row.id}\n".encode() + digest)
                 record = _record(row, number, corpus.kind, split_of(row, val_fraction), digest, size, reason)
                 rows.append(record)
                 captions += [{"row": number, "text": text} for text in row.captions]
@@ -114,6 +116,7 @@ def write_index(folder: Path, corpus: Corpus, shard_rows: int, val_fraction: flo
         description = {
             "corpus": {"kind": corpus.kind, "identity": corpus.identity, "limit": limit, "val_fraction": val_fraction},
             "shard_rows": shard_rows,
+            "rows_sha256": every.hexdigest(),
             **{key: counts[key] for key in ("images", "captions", "dead", "train", "val")},
         }
         for name, path in temporary.items():
@@ -122,7 +125,8 @@ def write_index(folder: Path, corpus: Corpus, shard_rows: int, val_fraction: flo
         _publish_hashes(folder, counts["images"], description["corpus"])
         files = sorted(p for p in (*(folder / "c").rglob("*"), *(folder / name for name in temporary)) if p.is_file())
         description["sha256"] = {p.relative_to(folder).as_posix(): file_sha256(p) for p in files}
-        publish.write_json(folder / "index.json", description)  # the marker: the index is whole
+        # the marker: the index is whole
+        publish.write_json(folder / "index.json", description | {"check": description_check(description)})
         return description
     finally:
         for path in temporary.values():

@@ -1,6 +1,7 @@
 """Damaged stores: every flipped bit is named and repaired, and a cut shard never gives zeros."""
 
 import errno
+import json
 import os
 import random
 import shutil
@@ -11,6 +12,10 @@ import numpy as np
 import pytest
 
 from pipeline import cache, reader, store, upkeep
+from pipeline.corpora import open_corpus
+from pipeline.extract import extract
+from pipeline.index import Index
+from pipeline.merge import merge
 from pipeline.redo import repair
 from tests.faults.report import line
 from tests.pipeline.test_extract import shards
@@ -81,6 +86,56 @@ def test_a_flipped_bit_of_the_index_is_named(features: Path, tmp_path: Path) -> 
         file.write_bytes(content)
     assert upkeep.verify(path) == []
     line("a flipped bit of the index: named by verify", len(files), named)
+
+
+@pytest.mark.parametrize("flips", [300, pytest.param(5000, marks=pytest.mark.slow)])
+def test_a_flipped_bit_of_index_json_is_refused_before_anything_is_written(
+    features: Path, tmp_path: Path, flips: int
+) -> None:
+    path = Path(shutil.copytree(features, tmp_path / "s.zarr"))
+    file, draw, read, told = path / "index/index.json", random.Random(2), 0, 0
+    whole, want = file.read_bytes(), Index(path / "index").description
+    for _ in range(flips):
+        content, bit = bytearray(whole), draw.randrange(len(whole) * 8)
+        content[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(content)
+        try:
+            read += Index(path / "index").description.items() >= want.items()  # white space, or the name of the hash
+        except StoreError as error:
+            told += str(file) in str(error) and "restore it from a copy" in str(error)
+    line("a flipped bit of index.json: one sentence, or read as it was", flips, read + told)
+    assert read + told == flips and told > flips // 2
+    file.write_bytes(whole.replace(b'"shard_rows": 32', b'"shard_rows": 33'))
+    (path / CLIP / "zarr.json").write_bytes(b"")  # would be mended
+    before = shards(path)
+    for run in (upkeep.verify, lambda path: repair(path, in_process=True), store.FeatureStore):
+        with pytest.raises(StoreError, match=r"index.json is damaged \(its content does not match its hash"):
+            run(path)
+    assert shards(path) == before and (path / CLIP / "zarr.json").read_bytes() == b""
+
+
+def test_an_index_of_other_rows_than_the_arrays_is_refused_and_nothing_is_made_again(
+    features: Path, tmp_path: Path, corpus: Path, settings: Settings
+) -> None:
+    """As it is without a hash of its own: an older one, or one of another extraction put in its place."""
+    path = Path(shutil.copytree(features, tmp_path / "s.zarr"))
+    file, before = path / "index/index.json", shards(path)
+    for key, value, words in (
+        ("shard_rows", 33, "has 32 rows a shard instead of the index's 33"),
+        ("images", 127, "has 128 images instead of the index's 127"),
+        ("rows_sha256", "0" * 64, "has other ids or pictures than the index"),
+    ):
+        content = Index(features / "index").description | {key: value}
+        file.write_text(json.dumps(content))
+        for run in (
+            lambda: Cache(path, settings, "xformer", pixels=False),
+            lambda: extract(open_corpus(corpus), path, ["clip"], settings, in_process=True),
+            lambda: merge(tmp_path / "new.zarr", [path]),
+            *([] if key == "images" else [lambda: upkeep.verify(path), lambda: repair(path, in_process=True)]),
+        ):
+            with pytest.raises(StoreError, match=words):
+                run()
+    assert shards(path) == before
 
 
 def everything(path: Path, settings: Settings) -> dict[str, Callable[[], object]]:

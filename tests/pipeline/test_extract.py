@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from cli import main
 from pipeline import cluster, commits, images, masks, store, upkeep
 from pipeline.corpora import open_corpus
 from pipeline.extract import extract
+from pipeline.merge import merge
 from xformer.errors import CorpusError, SettingsError, StoreError, WeightsError
 from xformer.settings import Settings, load_settings
 
@@ -153,8 +155,11 @@ def test_nothing_usable_a_folder_of_other_things_and_no_gpu_are_refused(tmp_path
     (tmp_path / "one").mkdir()
     (tmp_path / "one/1.png").write_text("no picture")
     source, settings = open_corpus(tmp_path / "one"), load_settings()
-    with pytest.raises(CorpusError, match="no image of 1 is usable; the first: 1.png: not a picture"):
-        extract(source, tmp_path / "s.zarr", ["clip"], settings, in_process=True)
+    for dtype in ("fp16", "int8"):
+        asked = load_settings(overrides=[f"store.dtype={dtype}"])
+        with pytest.raises(CorpusError, match="no image of 1 is usable; the first: 1.png: not a picture"):
+            extract(source, tmp_path / f"{dtype}.zarr", ["clip"], asked, in_process=True)
+    assert not (tmp_path / "int8.zarr").exists()
     (tmp_path / "mine/folder").mkdir(parents=True)
     with pytest.raises(StoreError, match="holds other files"):
         extract(source, tmp_path / "mine", ["clip"], settings, in_process=True)
@@ -227,6 +232,42 @@ def test_a_store_without_a_commit_is_planned_anew_and_one_with_a_commit_is_not(
     (folder / "1.png").unlink()
     with pytest.raises(StoreError, match="another corpus"):
         extract(open_corpus(folder), path, ["mae"], other, in_process=True)
+
+
+def test_features_whose_index_is_lost_are_never_planned_over(
+    corpus: Path, settings: Settings, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder, path = tmp_path / "pictures", tmp_path / "s.zarr"
+    folder.mkdir()
+    for i in range(6):
+        Image.new("RGB", (8, 8), (i, 0, 0)).save(folder / f"{i}.png")
+    extract(open_corpus(folder), path, ["clip"], settings, in_process=True)
+    index = Path(shutil.copytree(path / "index", tmp_path / "index"))
+    for i in range(6):
+        Image.new("RGB", (8, 8), (0, i, 9)).save(folder / f"{i}.png")
+    other = tmp_path / "other.zarr"
+    extract(open_corpus(folder), other, ["mae"], settings, in_process=True)
+    (path / "index/index.json").unlink()
+    for part in ("index", "clip/5/tokens/zarr.json", "clip/5/tokens/made.json"):  # the more is lost
+        before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+        for run in (
+            lambda: extract(open_corpus(folder), path, ["clip"], settings, in_process=True),
+            lambda: extract(open_corpus(corpus), path, ["mae"], settings, in_process=True),
+            lambda: merge(path, [other]),
+        ):
+            with pytest.raises(
+                StoreError, match="s.zarr has features but its index is lost: restore .*s.zarr/index from"
+            ):
+                run()
+        assert before == {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+        shutil.rmtree(path / part) if part == "index" else (path / part).unlink()
+    extract(open_corpus(folder), tmp_path / "two.zarr", ["clip"], settings, in_process=True)
+    shutil.copytree(tmp_path / "two.zarr/clip", path / "clip", dirs_exist_ok=True)
+    shutil.copytree(index, path / "index")  # of the first pictures; the features are of the others
+    with pytest.raises(StoreError, match="clip/5/tokens has other ids or pictures than the index"):
+        merge(path, [other])
+    with pytest.raises(StoreError, match="clip/5/tokens has other ids or pictures than the index"):
+        store.FeatureStore(path).complete("clip/5/tokens")
 
 
 def test_features_that_are_not_finite_become_dead_letters(
