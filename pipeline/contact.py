@@ -34,10 +34,10 @@ def contact_sheet(path: Path, ids: list[str], count: int, out: Path) -> list[str
     arrays = {n: opened.array(n) for n in names if not opened.array(n).missing_shards}
     if not arrays:
         raise StoreError(f"{path} has no finished array to show.")
-    dead = set().union(*(array.dead_rows.tolist() for array in arrays.values())) | {
-        d["row"] for d in opened.index.dead()
-    }
-    usable = np.array([row for row in range(opened.index.count) if row not in dead])
+    alive = np.ones(opened.index.count, bool)
+    for dead in ([letter["row"] for letter in opened.index.dead()], *(array.dead_rows for array in arrays.values())):
+        alive[np.array(dead, np.int64)] = False
+    usable = np.flatnonzero(alive)
     spread = np.linspace(0, len(usable) - 1, min(count, len(usable))).astype(int)
     rows = rows_of(path, ids) if ids else usable[spread]
     if not len(rows):

@@ -4,7 +4,7 @@ One task = one whole shard of every array that is still missing there. Rerunning
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,11 @@ def identity(name: str, settings: Settings) -> dict[str, Any]:
     return found | ({"quantiser": "int8 * token * channel"} if quantised else {})
 
 
-def declare(path: Path, index: Index, specs: dict[str, Spec], settings: Settings, corpus: Corpus, force: bool) -> None:
-    """Declares arrays, and says how they are made.
+def declare(
+    path: Path, index: Index, specs: dict[str, Spec], settings: Settings, corpus: Corpus, force: bool,
+    finished: Container[str] = (),
+) -> None:  # fmt: skip
+    """Declares arrays, and says how they are made; of those that are `finished` that stays as it was said.
 
     Raises: StoreError where they exist and differ, or where int8 loses more than store.int8_max_rmse without `force`.
     """
@@ -89,7 +92,7 @@ def declare(path: Path, index: Index, specs: dict[str, Spec], settings: Settings
         channels = [float(value) for value in scales.get(name, ())]
         more = {"channel_scale": channels, "channel_scale_sha256": int8.digest(channels)} if channels else {}
         store.create_array(path, name, index, shape, dtype, identity(name, settings), usage, more)
-    provenance.record(path, list(specs), corpus, settings)
+    provenance.record(path, list(specs), corpus, settings, finished)
 
 
 def _view(view: int, settings: Settings) -> dict:
@@ -181,6 +184,7 @@ def extract(
         begun: set[int] = set()  # shards of which there are features
         for name in store.array_names(path):
             records = store.committed(path, name)
+            index.bounds(max(records, default=0))  # refuses a record of a shard that there is not
             begun |= records.keys()
             dead |= {letter["row"]: letter for record in records.values() for letter in record["dead"]}
             if name in done:
@@ -188,9 +192,11 @@ def extract(
                 for shard, record in records.items():
                     known.setdefault(shard, {}).update({letter["row"]: letter for letter in record["dead"]})
         _check_dead(dead, index.count, settings)
-        upkeep.check_sample(path, index, sorted(begun), corpus.root, dead)
+        most = settings.corpus.max_dead_fraction
+        upkeep.check_sample(path, index, sorted(begun), corpus.root, dead, most)
+        finished = {name for name in names if len(done[name]) == index.shards}
         for kind in kinds:
-            declare(path, index, specs[kind], settings, corpus, force)
+            declare(path, index, specs[kind], settings, corpus, force, finished)
         todo: cluster.Todo = {}
         for shard in range(index.shards):
             if missing := [n for n in names if shard not in done[n]]:

@@ -67,7 +67,12 @@ class Index:
         self.shards = -(-self.count // self.shard_rows)
 
     def bounds(self, shard: int) -> tuple[int, int]:
-        """First row and the row after the last of a shard."""
+        """First row and the row after the last of a shard. Raises StoreError for one that there is not."""
+        if not 0 <= shard < self.shards:
+            raise StoreError(
+                f"{self.folder.parent} has shards 0 to {self.shards - 1}, not {shard}: a commit record of shard {shard} "
+                "is not of this store; remove it."
+            )
         return shard * self.shard_rows, min(self.count, (shard + 1) * self.shard_rows)
 
     def shard(self, shard: int) -> list[dict]:
@@ -157,6 +162,17 @@ class Index:
         with self._rows() as file:
             group = file.metadata.row_group(0).num_rows
             return file.read_row_group(row // group, columns=["id"])["id"][row % group].as_py()
+
+    def find(self, ids: list[str]) -> np.ndarray:
+        """The row of each id, int64, -1 where there is none; never holds more than a batch of the ids there are."""
+        wanted = pa.array(ids, pa.string())
+        found, row = np.full(len(ids), -1, np.int64), 0
+        with self._rows() as file:
+            for batch in file.iter_batches(batch_size=1 << 16, columns=["id"]):
+                places = pc.index_in(wanted, value_set=batch["id"]).fill_null(-1).to_numpy(zero_copy_only=False)  # type: ignore
+                found[places >= 0] = row + places[places >= 0]
+                row += len(batch)
+        return found
 
     def image_keys(self, rows: np.ndarray) -> np.ndarray:
         """A number for each image, int64: the first bytes of its sha256, so the same picture has the same in every store."""

@@ -5,6 +5,7 @@ text of that zarr.json, without whose identity and int8 scales no feature could 
 """
 
 import json
+from collections.abc import Container
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,12 @@ from xformer.settings import Settings, settings_from
 LIBRARIES = ("torch", "timm", "transformers", "zarr", "pillow", "numpy")
 
 
-def record(path: Path, names: list[str], corpus: Corpus, settings: Settings) -> None:
-    """Writes ARRAY/made.json of each declared array, unless it says this already."""
+def record(path: Path, names: list[str], corpus: Corpus, settings: Settings, finished: Container[str] = ()) -> None:
+    """Writes ARRAY/made.json of each declared array, unless it says this already.
+
+    Args:
+        finished: arrays of which nothing is made now; theirs is written only where it is not there or damaged.
+    """
     made = {
         "source": str(corpus.source.resolve()),
         "images": str(corpus.root.resolve()),
@@ -27,14 +32,19 @@ def record(path: Path, names: list[str], corpus: Corpus, settings: Settings) -> 
         "settings": settings.dump(),
     }
     for name in names:
-        text = places.read(path / name / "zarr.json").decode()
-        content, file = (json.dumps(made | {"zarr.json": text}, indent=2) + "\n").encode(), path / name / MADE
         try:
-            same = places.read(file) == content
-        except FileNotFoundError:
-            same = False
-        if not same:
-            places.write(file, content)
+            was = read(path, name)
+        except StoreError:  # not there, or damaged
+            was = {}
+        if was and name in finished:
+            continue
+        # what its first shards were made with stays; a zarr.json that is damaged since does not replace its copy
+        text = was.get("zarr.json") or places.read(path / name / "zarr.json").decode()
+        before = {key: value.split(", ") for key, value in was.get("versions", {}).items()}
+        versions = {key: ", ".join(dict.fromkeys([*before.get(key, []), now])) for key, now in made["versions"].items()}
+        new = made | {"versions": versions, "zarr.json": text}
+        if new != was:
+            places.write(path / name / MADE, (json.dumps(new, indent=2) + "\n").encode())
 
 
 def read(path: Path, name: str) -> dict[str, Any]:

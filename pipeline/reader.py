@@ -14,13 +14,15 @@ google-crc32c, which zarr uses, 28 GB/s, with which this would be 0.65.
 
 import errno
 import hashlib
+import itertools
 import json
 import os
 import resource
 import threading
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -47,9 +49,10 @@ REQUESTS = 32  # to an object store at once; one connection gives tens of MB/s, 
 class Shard:
     """An open shard file; it is closed when the last thread that reads it is done.
 
-    table: uint64 [rows, 2], offset and bytes of each row.
+    size: of the file, bytes. table: uint64 [rows, 2], offset and bytes of each row.
     """
 
+    size: int
     table: np.ndarray
 
     def __init__(self, file: Path) -> None:
@@ -73,7 +76,17 @@ class Shard:
 
 
 _lock = threading.Lock()
-_open: OrderedDict[tuple[int, int], Shard] = OrderedDict()
+_open: OrderedDict[tuple[int, int, bytes], Shard] = OrderedDict()  # by array, shard, and the sha256 of its bytes
+_arrays = itertools.count()
+_gone: deque[int] = deque()  # arrays that are no more, whose shards are still open
+
+
+def _close() -> None:
+    """Closes the shards of arrays that are no more; the caller holds the lock."""
+    while _gone:
+        number = _gone.popleft()
+        for key in [key for key in _open if key[0] == number]:
+            del _open[key]
 
 
 @cache
@@ -141,23 +154,33 @@ def shard_file(store: Path, name: str, shard: int, ndim: int) -> Path:
 class FeatureArray:
     """Reads single rows of one array; int8 tokens come back as float16.
 
+    A shard that is made again meanwhile (`store retry`, `verify --repair`) is noticed where its old record does not fit
+    any more, and is then read as it is now.
+
     Raises on any read: StoreError for a row that is dead, not committed, missing or damaged.
     """
 
     def __init__(self, store: Path, name: str, index: Index, cache: LocalCache | None = None) -> None:
+        self._number = next(_arrays)
         shape, self.dtype, self.attributes = array_metadata(store, name)
         refuse_mixed(store, name, index)
         self.store, self.name, self.index, self.shape = store, name, index, shape[1:]
         self.row_bytes = int(np.prod(self.shape)) * self.dtype.itemsize
         self._ndim = len(shape)
-        self._commits = summary(store, name, index.shards)
         self._cache = (cache or LocalCache()) if places.is_object(store) else None
-        if self._commits.prints - {self.attributes["fingerprint"]}:
-            raise StoreError(f"{store}: {name} has shards that were made by another encoder than the array says.")
+        self._read_commits()
         self.channels: np.ndarray | None = None
         if "channel_scale" in self.attributes:
             self.channels = np.array(self.attributes["channel_scale"], np.float32)
             self._scale = FeatureArray(store, f"{name.rpartition('/')[0]}/scale", index, cache)
+
+    def _read_commits(self) -> None:
+        self._commits = summary(self.store, self.name, self.index.shards)
+        self.__dict__.pop("dead", None)
+        if self._commits.prints - {self.attributes["fingerprint"]}:
+            raise StoreError(
+                f"{self.store}: {self.name} has shards that were made by another encoder than the array says."
+            )
 
     @property
     def missing_shards(self) -> list[int]:
@@ -235,14 +258,17 @@ class FeatureArray:
         outside = rows[(rows < 0) | (rows >= self.index.count)]
         if len(outside):
             raise StoreError(f"{self.store}: {self.name} has rows 0 to {self.index.count - 1}, not {outside[0]}.")
+        if np.isin(rows, self.dead_rows).any():
+            self._read_commits()  # it may have been revived since
         if len(dead := rows[np.isin(rows, self.dead_rows)]):
-            raise StoreError(f"{self.store}: {self.name} row {dead[0]} is a dead letter: {self.dead[int(dead[0])]}.")
+            why = self.dead.get(int(dead[0]), "it is being made again")
+            raise StoreError(f"{self.store}: {self.name} row {dead[0]} is a dead letter: {why}.")
 
     def _read_row(self, row: int, out: np.ndarray) -> None:
         number, inner = divmod(row, self.index.shard_rows)
         shard = self._shard(number)
         offset, size = shard.table.item(inner, 0), shard.table.item(inner, 1)
-        if offset == MISSING or size != self.row_bytes + 4 or offset + size > self._commits.bytes[number]:
+        if offset == MISSING or size != self.row_bytes + 4 or offset + size > shard.size:
             raise self._damaged(number, f"row {row} is missing")
         try:
             kept = self._cache is None or any(os.pread(shard.handle, 4, offset + self.row_bytes))  # else a hole
@@ -266,12 +292,21 @@ class FeatureArray:
             raise self._damaged(shard, "there is no such object") from None
 
     def _shard(self, number: int) -> Shard:
-        key = id(self), number
+        commits = self._commits
+        key = self._number, number, commits.sha256[number]
         with _lock:
+            _close()
             if key in _open and (self._cache is None or os.path.exists(_open[key].file)):  # else it was evicted
                 _open.move_to_end(key)
                 return _open[key]
-        shard = self._opened(number)
+        try:
+            shard = self._opened(number, int(commits.bytes[number]), key[2].decode())
+        except StoreError:
+            with suppress(OSError, StoreError):
+                self._read_commits()
+            if self._commits.sha256[number] == key[2]:
+                raise
+            return self._shard(number)  # it was made again since its record was read
         with _lock:
             _open[key] = shard
             while len(_open) > OPEN_SHARDS:
@@ -282,14 +317,14 @@ class FeatureArray:
                     del _open[key]
         return shard
 
-    def _opened(self, number: int) -> Shard:
-        size, footer = int(self._commits.bytes[number]), self.index.shard_rows * 16 + 4
+    def _opened(self, number: int, size: int, sha256: str) -> Shard:
+        footer = self.index.shard_rows * 16 + 4
         if size < 0:
             raise StoreError(f"{self.store}: {self.name} shard {number} is not committed; run the extraction again.")
         file = shard_file(self.store, self.name, number, self._ndim)
         try:
             if self._cache is not None:
-                file = self._cache.shard(file, size, self._commits.sha256[number].decode(), footer)
+                file = self._cache.shard(file, size, sha256, footer)
             shard = Shard(file)
             found, table = os.fstat(shard.handle).st_size, os.pread(shard.handle, footer, size - footer)
         except OSError as error:
@@ -302,13 +337,17 @@ class FeatureArray:
             if self._cache is not None:
                 file.unlink(missing_ok=True)  # damaged on this disk: the next read fetches it again
             raise self._damaged(number, "its shard index fails its crc32c")
+        shard.size = size
         shard.table = np.frombuffer(table[:-4], "<u8").reshape(-1, 2)
         return shard
 
     def __del__(self) -> None:
-        with _lock:
-            for key in [key for key in _open if key[0] == id(self)]:
-                del _open[key]
+        _gone.append(self._number)
+        if _lock.acquire(blocking=False):  # else whoever holds it closes them next: this may run inside of its `with`
+            try:
+                _close()
+            finally:
+                _lock.release()
 
     def _damaged(self, shard: int, what: str) -> StoreError:
         file = shard_file(self.store, self.name, shard, self._ndim)

@@ -15,7 +15,7 @@ from pipeline.images import BadImage
 from pipeline.index import Index, ids_sha256
 from pipeline.reader import array_metadata, refuse_mixed, shard_file
 from pipeline.store import MADE, FeatureStore, array_names, describe, owner
-from xformer.console import progress
+from xformer.console import progress, say
 from xformer.errors import StoreError
 
 SAMPLE_SHARDS, SAMPLE = 16, 256  # images that a rerun compares with the index, from so many shards
@@ -129,16 +129,19 @@ def changed(path: Path, images: Path | None = None) -> list[str]:
             records = index.shard(shard)
             alive = [record for record in records if record["status"] != "dead"]
             for root in sorted(roots):
-                found += filter(None, pool.map(lambda record, root=root: _differs(root, record), alive))
+                found += filter(None, map("".join, pool.map(lambda record, root=root: _compared(root, record), alive)))
                 bar.advance(len(records), note=f"{len(found)} differ" if found else "")
     return found
 
 
-def check_sample(path: Path, index: Index, shards: list[int], root: Path, dead: dict[int, Any]) -> None:
+def check_sample(path: Path, index: Index, shards: list[int], root: Path, dead: dict[int, Any], most: float) -> None:
     """Raises StoreError where one of a few images of these shards is not what it was when the store was planned.
 
+    One that cannot be read any more becomes a dead letter of what is made now, as in a first extraction; refused is only
+    that more than twice `most` (corpus.max_dead_fraction; a sample scatters) of the sample is gone: then they lie elsewhere.
     The sample is the same each time: spread evenly, without dead rows.
     """
+    gone, looked = [], 0
     shards = [shards[place * len(shards) // SAMPLE_SHARDS] for place in range(SAMPLE_SHARDS)] if shards else []
     shards = list(dict.fromkeys(shards))
     with ThreadPoolExecutor(READERS) as pool:
@@ -146,21 +149,30 @@ def check_sample(path: Path, index: Index, shards: list[int], root: Path, dead: 
             alive = [r for r in index.shard(shard) if r["status"] != "dead" and r["row"] not in dead]
             count = min(SAMPLE // len(shards), len(alive))
             chosen = [alive[place * len(alive) // count] for place in range(count)]
-            if told := next(filter(None, pool.map(lambda record: _differs(root, record), chosen)), None):
-                raise StoreError(
-                    f"{path} was planned over other pictures than lie in {root} now: {told}; give another --store, or "
-                    f"see all that differ: xformer store verify {path} --source"
-                )
+            for changed, missing in pool.map(lambda record: _compared(root, record), chosen):
+                if changed:
+                    raise StoreError(
+                        f"{path} was planned over other pictures than lie in {root} now: {changed}; give another --store, "
+                        f"or see all that differ: xformer store verify {path} --source"
+                    )
+                gone += [missing] if missing else []
+            looked += count
+    said = f"of {looked} pictures looked at, {len(gone)} cannot be read any more; the first: {next(iter(gone), '')}"
+    if len(gone) > max(1, 2 * most * looked):
+        raise StoreError(f"{path}: {said}; restore them in {root}, or raise corpus.max_dead_fraction to go on without.")
+    if gone:
+        say(f"{said}; such pictures become dead letters of what is made now")
 
 
-def _differs(root: Path, record: dict) -> str:
+def _compared(root: Path, record: dict) -> tuple[str, str]:
+    """How a picture differs from the one that was planned, and why it cannot be read; "" where neither is so."""
     try:
         planned_image(root, record)
-        return ""
     except OSError as error:
-        return f"{record['location']}: cannot be read: {error.strerror or error}"
+        return "", f"{record['location']}: cannot be read: {error.strerror or error}"
     except BadImage as error:
-        return f"{record['location']}: {error}"
+        return f"{record['location']}: {error}", ""
+    return "", ""
 
 
 def seal(store: Path) -> None:
@@ -210,7 +222,7 @@ def drop(store: Path, names: list[str]) -> tuple[list[str], int]:
 
 def rows_of(store: Path, ids: list[str]) -> np.ndarray:
     """The rows of image ids, int64. Raises StoreError for an id that is not there."""
-    have = {value: row for row, value in enumerate(FeatureStore(store).index.column("id")["id"].to_pylist())}
-    if unknown := [key for key in ids if key not in have]:
+    rows = FeatureStore(store).index.find(ids)
+    if unknown := [key for key, row in zip(ids, rows.tolist(), strict=True) if row < 0]:
         raise StoreError(f"{store}: no image has the id {json.dumps(unknown[0])}.")
-    return np.array([have[key] for key in ids], np.int64)
+    return rows

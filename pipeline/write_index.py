@@ -3,6 +3,7 @@
 import hashlib
 import os
 import struct
+from array import array
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -67,8 +68,7 @@ def write_index(folder: Path, corpus: Corpus, shard_rows: int, val_fraction: flo
     Returns the index's description. Raises: CorpusError for an empty corpus and for ids that stand twice (all listed).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    seen: set[int] = set()
-    doubled: list[str] = []
+    keys = array("Q")  # of 8 bytes each: a set of 14 million ids would take over 1 GB
     counts: Counter[str] = Counter()
     every = hashlib.sha256()  # id and image of every row in order: arrays carry it, so that none meets another index
     temporary = {name: folder / f".{name}.partial" for name in ("rows.parquet", "captions.arrow")}
@@ -83,10 +83,7 @@ def write_index(folder: Path, corpus: Corpus, shard_rows: int, val_fraction: flo
             captions: list[dict] = []
             planned = hashed(corpus.root, islice(corpus.rows(), limit))
             for number, (row, digest, size, reason) in enumerate(planned):
-                key = int.from_bytes(hashlib.blake2b(row.id.encode(), digest_size=8).digest(), "little")
-                if key in seen:
-                    doubled.append(row.id)
-                seen.add(key)
+                keys.frombytes(hashlib.blake2b(row.id.encode(), digest_size=8).digest())
                 every.update(f"{row.id}\n".encode() + digest)
                 record = _record(row, number, corpus.kind, split_of(row, val_fraction), digest, size, reason)
                 rows.append(record)
@@ -108,7 +105,7 @@ def write_index(folder: Path, corpus: Corpus, shard_rows: int, val_fraction: flo
                 rows_file.write_table(pa.Table.from_pylist(rows, ROWS))
             if captions:
                 captions_file.write_table(pa.Table.from_pylist(captions, CAPTIONS))
-        if doubled:
+        if doubled := _doubled(np.frombuffer(keys, np.uint64), temporary["rows.parquet"]):
             shown = ", ".join(doubled[:20]) + (f" and {len(doubled) - 20} more" if len(doubled) > 20 else "")
             raise CorpusError(f"{len(doubled)} image ids stand twice in the corpus: {shown}; make every id unique.")
         if not counts["images"]:
@@ -131,6 +128,13 @@ def write_index(folder: Path, corpus: Corpus, shard_rows: int, val_fraction: flo
     finally:
         for path in temporary.values():
             path.unlink(missing_ok=True)
+
+
+def _doubled(keys: np.ndarray, rows: Path) -> list[str]:
+    """The ids that stand twice, by their keys uint64 [images], in the order in which they stand again."""
+    order = np.argsort(keys, kind="stable")
+    again = order[1:][keys[order[1:]] == keys[order[:-1]]]
+    return pq.read_table(rows, columns=["id"])["id"].take(np.sort(again)).to_pylist() if len(again) else []
 
 
 def _publish_hashes(folder: Path, count: int, corpus: dict) -> None:

@@ -19,6 +19,7 @@ from cli import main
 from pipeline import cluster, commits, images, masks, store, upkeep
 from pipeline.corpora import open_corpus
 from pipeline.extract import extract
+from pipeline.index import Index
 from pipeline.merge import merge
 from xformer.errors import CorpusError, SettingsError, StoreError, WeightsError
 from xformer.settings import Settings, load_settings
@@ -208,6 +209,54 @@ def test_a_rerun_over_other_pictures_is_refused(tmp_path: Path, capsys: pytest.C
     told = json.loads((tmp_path / "source.json").read_text())["changed"]
     assert len(told) == 11 and any(line.startswith("007.png: cannot be read") for line in told)
     assert "other pictures: 11 differ; give another" in capsys.readouterr().err and shards(path) == before
+
+
+def test_vanished_pictures_become_dead_letters_of_what_is_added_and_too_many_are_refused(
+    corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    moved, path = Path(shutil.copytree(corpus, tmp_path / "corpus")), tmp_path / "s.zarr"
+    source, settings = open_corpus(moved), load_settings(overrides=["store.shard_rows=16", "mae.draws=1"])
+    extract(source, path, ["clip"], settings, limit=40, in_process=True)
+    files = [moved / record["location"] for shard in range(3) for record in Index(path / "index").shard(shard)]
+    for row in (3, 20):
+        files[row].unlink()
+    report = extract(source, path, ["mae"], settings, limit=40, in_process=True)
+    assert [(d["row"], "No such file" in d["reason"]) for d in report["dead"]] == [(3, True), (20, True)]
+    assert "of 40 pictures looked at, 2 cannot be read any more" in capsys.readouterr().out
+    opened, before = store.FeatureStore(path), shards(path)
+    assert np.isfinite(opened.complete("clip/5/tokens").read([3, 20])).all()
+    assert opened.complete("mae/draw-0/tokens").dead_rows.tolist() == [3, 20] and upkeep.verify(path) == []
+    for row in (5, 21, 30, 39):
+        files[row].unlink()
+    more = load_settings(overrides=["store.shard_rows=16", "mae.draws=2"])
+    with pytest.raises(
+        StoreError, match="of 38 pictures looked at, 4 cannot be read any more; the first: .*restore them"
+    ):
+        extract(source, path, ["mae"], more, limit=40, in_process=True)
+    files[6].write_bytes(files[7].read_bytes())
+    with pytest.raises(StoreError, match="planned over other pictures"):
+        extract(source, path, ["mae"], more, limit=40, in_process=True)
+    assert shards(path) == before
+
+
+def test_how_an_array_was_made_stays_as_it_was_said(corpus: Path, settings: Settings, tmp_path: Path) -> None:
+    path, source, name = tmp_path / "s.zarr", open_corpus(corpus), "clip/5/tokens"
+    extract(source, path, ["clip"], settings, limit=64, in_process=True)
+    file = path / name / "made.json"
+    made = json.loads(file.read_text())
+    now = made["versions"]["torch"]
+    made["versions"]["torch"] = "1.0"
+    file.write_text(json.dumps(made))
+    before = file.read_bytes()
+    extract(source, path, ["clip"], settings, limit=64, in_process=True)
+    assert file.read_bytes() == before  # nothing was made
+    withdraw(path, name, {1})
+    for _ in range(2):
+        extract(source, path, ["clip"], settings, limit=64, in_process=True)
+        assert json.loads(file.read_text())["versions"]["torch"] == f"1.0, {now}"
+    file.unlink()
+    extract(source, path, ["clip"], settings, limit=64, in_process=True)
+    assert json.loads(file.read_text())["versions"]["torch"] == now
 
 
 def test_a_store_without_a_commit_is_planned_anew_and_one_with_a_commit_is_not(

@@ -259,6 +259,7 @@ def test_a_retry_there_makes_only_the_shard_of_the_picture_that_came_back(
     finally:
         os.rename(tmp_path / "away.png", picture)
     assert FeatureStore(path).complete(NAME).dead_rows.tolist() == [67]
+    opened = FeatureStore(path, LocalCache(tmp_path / "other")).complete(NAME)  # before; its cache is empty
     server.seen.clear()
     assert retry(path, in_process=True) == {"looked at": 1, "tried": 1, "dead": 0}
     assert {request for request in server.seen if "PUT" in request and "/c/" in request} == {
@@ -266,6 +267,9 @@ def test_a_retry_there_makes_only_the_shard_of_the_picture_that_came_back(
     }
     want = [places.read(store.shard_file(remote, NAME, shard, 3)) for shard in range(4)]
     assert [places.read(store.shard_file(path, NAME, shard, 3)) for shard in range(4)] == want
+    rows = [66, 67]  # of the new object, the one unchanged
+    np.testing.assert_array_equal(opened.read(rows[:1]), FeatureStore(remote).complete(NAME).read(rows[:1]))
+    np.testing.assert_array_equal(opened.read(rows), FeatureStore(remote).complete(NAME).read(rows))
     assert upkeep.verify(path) == [] and not places.exists(path / objects.LEASE_NAME)
 
 

@@ -6,6 +6,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import threading
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,9 +19,13 @@ import pytest
 import zarr
 
 from pipeline import commits, reader, store, upkeep
+from pipeline.corpora import open_corpus
+from pipeline.extract import extract, plan_index
 from pipeline.index import Index
+from pipeline.redo import repair, retry
 from tests.pipeline.test_extract import withdraw
 from xformer.errors import StoreError
+from xformer.settings import Settings, load_settings
 
 
 def copy(features: Path, tmp_path: Path) -> Path:
@@ -231,3 +236,55 @@ def test_cut_image_hashes_are_an_error_and_not_one_picture(features: Path, tmp_p
     (path / "index/c/0/0").write_bytes(b"")
     with pytest.raises(StoreError, match="cut off"):
         Index(path / "index").image_keys(np.arange(5))
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "int8"])
+def test_a_reader_that_is_open_while_a_row_is_revived_reads_it(corpus: Path, tmp_path: Path, dtype: str) -> None:
+    settings = load_settings(overrides=["store.shard_rows=32", f"store.dtype={dtype}"])
+    path, source, name = tmp_path / "s.zarr", open_corpus(corpus), "clip/5/tokens"
+    picture = corpus / plan_index(path, source, settings, 64).shard(1)[3]["location"]
+    os.rename(picture, tmp_path / "away.png")
+    try:
+        extract(source, path, ["clip"], settings, limit=64, in_process=True)
+    finally:
+        os.rename(tmp_path / "away.png", picture)
+    array = store.FeatureStore(path).complete(name)
+    before = array.read([34, 36])  # its shard is open
+    with pytest.raises(StoreError, match="row 35 is a dead letter: .*No such file"):
+        array.read([34, 35])
+    unasked = store.FeatureStore(path).complete(name)
+    unasked.read([34])
+    assert retry(path, in_process=True)["dead"] == 0
+    want = store.FeatureStore(path).complete(name).read([34, 35, 36])
+    for opened in (array, unasked):
+        np.testing.assert_array_equal(opened.read([34, 35, 36]), want)
+    assert np.isfinite(want).all() and np.array_equal(before, want[[0, 2]]) and array.dead == {}
+
+
+def test_an_array_that_is_collected_while_the_lock_is_held_does_not_wait_for_it(features: Path) -> None:
+    box = [store.FeatureStore(features).complete("clip/5/tokens")]
+    box[0].read([40])
+    number = box[0]._number
+    with reader._lock:  # as where the garbage collector runs inside of it
+        thread = threading.Thread(target=box.clear, daemon=True)
+        thread.start()
+        thread.join(10)
+        assert not thread.is_alive()
+        assert number in {key[0] for key in reader._open}
+    store.FeatureStore(features).complete("clip/5/tokens").read([40])
+    assert number not in {key[0] for key in reader._open}
+
+
+def test_ids_are_found_and_a_record_of_no_shard_is_named(
+    features: Path, corpus: Path, tmp_path: Path, settings: Settings
+) -> None:
+    path = copy(features, tmp_path)
+    ids = Index(path / "index").column("id")["id"].to_pylist()
+    assert upkeep.rows_of(path, [ids[90], ids[0], ids[90]]).tolist() == [90, 0, 90]
+    with pytest.raises(StoreError, match='no image has the id "none"'):
+        upkeep.rows_of(path, [ids[3], "none"])
+    commits.publish(path, "clip/5/tokens", commits.committed(path, "clip/5/tokens")[3] | {"shard": 9})
+    with pytest.raises(StoreError, match="has shards 0 to 3, not 9: a commit record of shard 9"):
+        repair(path, in_process=True)
+    with pytest.raises(StoreError, match="has shards 0 to 3, not 9: a commit record of shard 9"):
+        extract(open_corpus(corpus), path, ["mae"], settings, in_process=True)
