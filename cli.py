@@ -686,7 +686,7 @@ def compare(
 def reference(
     out: Annotated[Path, typer.Option(help="Folder for stage1.json, stage2.json and their pictures.")],
     seeds: Annotated[int, typer.Option(help="Runs of each stage; the band is what one more seed would do.")] = 3,
-    steps: Annotated[int, typer.Option(min=3, help="Steps of each stage.")] = 150,
+    steps: Annotated[int, typer.Option(min=3, help="Steps of each stage.")] = 300,
     preset: Preset = "tiny",
     config: Config = None,
     set_: Set = None,
