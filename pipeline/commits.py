@@ -89,7 +89,9 @@ def _parsed(store: Path, file: Path) -> dict:
         record = json.loads(places.read(file))
         if record.pop("check") == _check(record) and file.stem == str(record["shard"]):
             return record
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     raise StoreError(f"{file}: damaged commit record; run: xformer store verify {store} --repair")
 
@@ -142,6 +144,8 @@ def _sealed(store: Path, name: str, columns: list[str] | None = None) -> pa.Tabl
             content = places.read(store / name / "commits" / part)
         except FileNotFoundError:
             continue
+        except OSError:
+            content = b""
         if not _intact(content):
             file = store / name / "commits" / part
             raise StoreError(f"{file}: damaged commit records; run: xformer store verify {store} --repair")

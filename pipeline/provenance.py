@@ -4,6 +4,7 @@
 text of that zarr.json, without whose identity and int8 scales no feature could be read.
 """
 
+import hashlib
 import json
 from collections.abc import Container
 from importlib.metadata import version
@@ -24,6 +25,8 @@ def record(path: Path, names: list[str], corpus: Corpus, settings: Settings, fin
 
     Args:
         finished: arrays of which nothing is made now; theirs is written only where it is not there or damaged.
+
+    Raises StoreError where an array's zarr.json is not what it was when it was declared.
     """
     made = {
         "source": str(corpus.source.resolve()),
@@ -32,30 +35,42 @@ def record(path: Path, names: list[str], corpus: Corpus, settings: Settings, fin
         "settings": settings.dump(),
     }
     for name in names:
+        text = places.read(path / name / "zarr.json").decode()
         try:
             was = read(path, name)
         except StoreError:  # not there, or damaged
             was = {}
+        if was.get("zarr.json", text) != text:
+            said = f"{places.shown(path / name / 'zarr.json')} is damaged: it is not what it was when it was declared"
+            raise StoreError(f"{said}; run: xformer store verify {places.shown(path)} --repair")
         if was and name in finished:
             continue
-        # what its first shards were made with stays; a zarr.json that is damaged since does not replace its copy
-        text = was.get("zarr.json") or places.read(path / name / "zarr.json").decode()
+        # what its first shards were made with stays
         before = {key: value.split(", ") for key, value in was.get("versions", {}).items()}
         versions = {key: ", ".join(dict.fromkeys([*before.get(key, []), now])) for key, now in made["versions"].items()}
-        new = made | {"versions": versions, "zarr.json": text}
+        new = json.loads(json.dumps(made | {"versions": versions, "zarr.json": text}))
+        new["check"] = check_of(new)
         if new != was:
             places.write(path / name / MADE, (json.dumps(new, indent=2) + "\n").encode())
+
+
+def check_of(made: dict[str, Any]) -> str:
+    """The hash that made.json carries of everything else in it."""
+    made = {key: value for key, value in made.items() if key != "check"}
+    return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def read(path: Path, name: str) -> dict[str, Any]:
     """How an array was made. Raises StoreError where the store does not say."""
     remedy = f"nobody knows how {name} was made: run the extraction again that made it, which writes it anew"
+    keys = "source", "images", "versions", "settings", "zarr.json"
     try:
-        return places.read_json(
-            path / name / MADE, "source", "images", "versions", "settings", "zarr.json", remedy=remedy
-        )
+        made = places.read_json(path / name / MADE, *keys, remedy=remedy)
     except FileNotFoundError:
         raise StoreError(f"{path / name / MADE} is not there; {remedy}.") from None
+    if made.get("check", "") not in ("", check_of(made)):
+        raise StoreError(f"{path / name / MADE} is damaged (it does not match its check); {remedy}.")
+    return made
 
 
 def how(path: Path, name: str, images: Path | None) -> tuple[Settings, Path]:

@@ -37,13 +37,19 @@ def redo(
     Args:
         images: where the pictures lie now; left out, where they lay.
 
-    Returns: why a shard was left as it is, one line each: a picture that is alive in it cannot be used any more.
-    Raises: StoreError where pictures or settings are gone or an encoder is another, before anything is made.
+    Returns: why a shard was left as it is, one line each: a picture that is alive in it cannot be used any more, or its
+    array does not say how it was made. Raises: StoreError where pictures are gone or an encoder is another, before
+    anything is made.
     """
     check_gpus(gpus, scheduler)
-    siblings = Siblings(path)
+    siblings, left = Siblings(path), []
     passes: dict[cluster.Job, tuple[int, cluster.Todo]] = {}
     for name, shards in _whole(siblings, wanted).items():
+        try:
+            provenance.read(path, name)
+        except StoreError as error:
+            left.append(str(error))
+            continue
         settings, root = provenance.how(path, name, images)
         have, want = attributes(path, name)["identity"], json.loads(json.dumps(identity(name, settings)))
         if difference := first_difference(have, want):
@@ -57,7 +63,6 @@ def redo(
             arrays, _, old = todo.setdefault(shard, ([], [], {}))
             arrays.append(name)
             old[name] = records.get(shard) or {"dead": siblings.known_dead(name, shard)}
-    left: list[str] = []
     rows = sum(stop - start for _, todo in passes.values() for start, stop in map(siblings.index.bounds, todo))
     run = cluster.run_here if in_process else cluster.run_on_dask
     with progress(f"make shards of {places.shown(path)} again", rows, "images") as bar:

@@ -108,7 +108,7 @@ def create_array(
                 f"{places.shown(store)}: {name} was made in another way: {difference}; give another --store, or the "
                 "settings it was made with."
             )
-        places.remove_folder(store / name)
+        remove_array(store, name)
     files: dict[str, Any] = {}
     zarr.create_array(
         MemoryStore(files),
@@ -138,10 +138,8 @@ def refuse_foreign(path: Path) -> None:
     files, folders = places.children(path)
     if not folders and all(name.startswith(".") or name == objects.LEASE_NAME for name in files):
         return
-    try:
-        schema = json.loads(places.read(path / "zarr.json"))["attributes"]["xformer_schema"]
-    except (FileNotFoundError, ValueError, KeyError, TypeError):
-        raise StoreError(f"{places.shown(path)} holds other files and is no feature store; give another one.") from None
+    if (schema := _schema(path)) is None:
+        raise StoreError(f"{places.shown(path)} holds other files and is no feature store; give another one.")
     _refuse_schema(path, schema)
 
 
@@ -163,19 +161,58 @@ def clear_index(store: Path) -> None:
             f"{at} has features but its index is lost: restore {at}/index from a copy, or extract into a new store."
         )
     for name in array_names(store):
-        places.remove_folder(store / name)
+        remove_array(store, name)
     places.remove_folder(store / "index")
+
+
+def _schema(path: Path) -> Any:
+    """The schema that a store's root group names; None where there is no store.
+
+    Where that file is damaged or gone, an index and an array that says how it was made are a store of this schema.
+    """
+    try:
+        return places.read_json(path / "zarr.json")["attributes"]["xformer_schema"]
+    except (StoreError, FileNotFoundError, NotADirectoryError, KeyError, TypeError):
+        whole = places.exists(path / "index" / "index.json") and array_names(path)
+        return SCHEMA if whole and any(places.exists(path / name / MADE) for name in whole) else None
 
 
 def create_group(store: Path) -> None:
     """The store's root group, unless it is there."""
+    if not places.exists(store / "zarr.json"):
+        places.write(store / "zarr.json", _group({"xformer_schema": SCHEMA}))
+
+
+def _group(attributes: dict[str, Any]) -> bytes:
+    """The zarr.json of a group."""
     import zarr
     from zarr.storage import MemoryStore
 
-    if not places.exists(store / "zarr.json"):
-        files: dict[str, Any] = {}
-        zarr.create_group(MemoryStore(files), zarr_format=3, attributes={"xformer_schema": SCHEMA})
-        _write_metadata(store, files)
+    files: dict[str, Any] = {}
+    zarr.create_group(MemoryStore(files), zarr_format=3, attributes=attributes)
+    return files["zarr.json"].to_bytes()
+
+
+def damaged_groups(store: Path) -> dict[Path, bytes]:
+    """The group files above a store's arrays that are missing or not what they were, and what they must hold."""
+    found: dict[Path, bytes] = {}
+    for folder in sorted({folder for name in array_names(store) for folder in Path(name).parents}):
+        file, content = store / folder / "zarr.json", _group({} if folder.name else {"xformer_schema": SCHEMA})
+        try:
+            have, want = places.read_json(file), json.loads(content)
+            if any(have.get(key) != value for key, value in want.items()):
+                found[file] = content
+        except (StoreError, FileNotFoundError):
+            found[file] = content
+    return found
+
+
+def remove_array(store: Path, name: str) -> None:
+    """Removes an array in an order in which it is always found again: first what makes its rows readable, last its name."""
+    places.remove_folder(store / name / "commits")
+    places.remove(store / name / MADE)
+    places.remove_folder(store / name / "c")
+    places.remove_folder(store / name)
 
 
 def _write_metadata(store: Path, files: dict[str, Any]) -> None:
@@ -272,12 +309,7 @@ class FeatureStore:
 
     def __init__(self, path: Path, cache: LocalCache | None = None) -> None:
         self.cache = cache or LocalCache()
-        try:
-            attributes = places.read_json(path / "zarr.json").get("attributes")
-        except (FileNotFoundError, NotADirectoryError):
-            attributes = None
-        schema = attributes.get("xformer_schema") if isinstance(attributes, dict) else None
-        if schema is None:
+        if (schema := _schema(path)) is None:
             raise StoreError(f"{path} is no feature store; make one with: xformer extract --store {path}")
         _refuse_schema(path, schema)
         self.path, self.index = path, Index(path / "index", self.cache)
@@ -305,16 +337,30 @@ class FeatureStore:
 
 def array_names(store: Path) -> list[str]:
     """The feature arrays of a store, by name; the index is not one."""
+    return [name for name, whole in _array_folders(store) if whole]
 
-    def is_array(folder: Path, files: list[str]) -> bool:
+
+def leftovers(store: Path) -> list[str]:
+    """Folders of shards or commits that belong to no array: of one that was being removed, or lost its metadata."""
+    return [name for name, whole in _array_folders(store) if not whole]
+
+
+def _array_folders(store: Path) -> list[tuple[str, bool]]:
+    """Every folder with features, by name, and whether there is an array."""
+
+    def is_array(folder: Path, files: list[str], filled: bool) -> bool:
         if MADE in files or "zarr.json" not in files:  # whatever its zarr.json says
             return MADE in files
-        return places.read_json(folder / "zarr.json").get("node_type") == "array"
+        try:
+            return places.read_json(folder / "zarr.json").get("node_type") == "array" or filled
+        except StoreError:
+            return filled  # an array's is told by verify, and a group's too
 
-    def below(folder: Path) -> Iterator[str]:  # stops at an array: below it are thousands of shards
+    def below(folder: Path) -> Iterator[tuple[str, bool]]:  # stops at an array: below it are thousands of shards
         files, folders = places.children(folder)
-        if is_array(folder, files):
-            yield folder.relative_to(store).as_posix()
+        filled = not {"c", "commits"}.isdisjoint(folders)
+        if (whole := is_array(folder, files, filled)) or filled:
+            yield folder.relative_to(store).as_posix(), whole
         else:
             for name in folders:
                 yield from below(folder / name) if folder / name != store / "index" else ()

@@ -74,6 +74,9 @@ def report_store(report: dict[str, Any], json_file: Path | None) -> None:
         ("array", "shape", "dtype", "shards", "MB", "encoding s"),
         rows,
     )
+    for said in report["made"].values():
+        if "damaged" in said:
+            say(said["damaged"])
     for letter in report["dead"][:SHOWN]:
         say(f"dead: {letter['id']}: {letter['reason']}")
     if json_file:

@@ -14,7 +14,7 @@ from pipeline.encode import planned_image
 from pipeline.images import BadImage
 from pipeline.index import Index, ids_sha256
 from pipeline.reader import array_metadata, refuse_mixed, shard_file
-from pipeline.store import MADE, FeatureStore, array_names, describe, owner
+from pipeline.store import MADE, FeatureStore, array_names, damaged_groups, describe, leftovers, owner, remove_array
 from xformer.console import progress, say
 from xformer.errors import StoreError
 
@@ -34,7 +34,7 @@ def verify(store: Path) -> list[str]:
 
 def check(path: Path, only: Shards | None = None) -> tuple[list[str], Shards]:
     """The same, and the shards that are damaged. `only` these are looked at, and each must be there."""
-    opened, problems, bad = FeatureStore(path), [], {}
+    opened, problems, bad = FeatureStore(path), _groups(path, write=False) if only is None else [], {}
     if damaged := opened.index.damaged():
         raise StoreError("; ".join(damaged))
     index, names = opened.index, opened.names() if only is None else sorted(only)
@@ -54,7 +54,10 @@ def check(path: Path, only: Shards | None = None) -> tuple[list[str], Shards]:
                 continue  # told already
             records |= {int(file.stem): {} for file in unreadable}
             shards = set(records) if only is None else only[name]
-            for shard in sorted(shards):
+            if beyond := sorted(shard for shard in shards if not 0 <= shard < index.shards):
+                more = "which it does not have; remove that record"
+                problems += [f"{places.shown(path)}: {name} has a commit record of shard {s}, {more}" for s in beyond]
+            for shard in sorted(shards - {*beyond}):
                 file = shard_file(path, name, shard, len(shape))
                 want = {"rows": list(index.bounds(shard)), "ids_sha256": ids.get(shard)}
                 if wrong := _wrong(file, records.get(shard, {}), want, about["fingerprint"]):
@@ -86,10 +89,13 @@ def _mend(path: Path, name: str, write: bool) -> list[str]:
         made = provenance.read(path, name)
     except StoreError as error:
         problems.append(str(error))
+    file = path / name / "zarr.json"
     try:
         array_metadata(path, name)
+        same = not made or places.read(file) == made["zarr.json"].encode()
     except (StoreError, FileNotFoundError):
-        file = path / name / "zarr.json"
+        same = False
+    if not same:
         copy = f"{MADE} holds a copy" if made else "restore it from a copy of the store"
         problems.append(f"{places.shown(file)}: damaged or removed; {copy}")
         if write and made:
@@ -97,10 +103,25 @@ def _mend(path: Path, name: str, write: bool) -> list[str]:
     return problems
 
 
+def _groups(path: Path, write: bool) -> list[str]:
+    """What is wrong with the files around the arrays; with `write` the groups' own, which are always the same, are
+    written again."""
+    damaged = damaged_groups(path)
+    for file, content in damaged.items() if write else ():
+        places.write(file, content)
+    lost = [name for name in leftovers(path) if commits.any_record(path, name)]
+    return [f"{places.shown(file)}: damaged or removed; it is always the same" for file in damaged] + [
+        f"{places.shown(path / name)}: committed features without zarr.json and {MADE}; restore these from a copy of the "
+        "store, or remove the folder"
+        for name in lost
+    ]
+
+
 def mend(path: Path) -> list[str]:
     """Restores the small files of a store that are damaged from their copies; returns which."""
     Index(path / "index")  # refuses a damaged one before anything is written
-    return [line for name in array_names(path) for line in _mend(path, name, write=True)]
+    lines = _groups(path, write=True)
+    return lines + [line for name in array_names(path) for line in _mend(path, name, write=True)]
 
 
 def unfinished(path: Path) -> list[str]:
@@ -186,15 +207,19 @@ def info(store: Path) -> dict[str, Any]:
     """What a store holds and where it came from."""
     made = {}
     for name in array_names(store):
-        said = provenance.read(store, name)
-        made[name] = {key: said[key] for key in ("source", "images", "versions")}
+        try:
+            said = provenance.read(store, name)
+            made[name] = {key: said[key] for key in ("source", "images", "versions")}
+        except StoreError as error:
+            made[name] = {"damaged": str(error)}
     return describe(store) | {"made": made}
 
 
 def drop(store: Path, names: list[str]) -> tuple[list[str], int]:
     """Removes arrays by name or by prefix (clip, mae, mae/draw-3) and what killed extractions left behind.
 
-    Returns what went, and its bytes. Raises StoreError for a name that the store does not hold.
+    What belongs together (tokens, their scales and kept patches) goes together. Returns what went, and its bytes.
+    Raises StoreError for a name that the store does not hold.
     """
     opened, gone, freed = FeatureStore(store), [], 0
     with owner(store):
@@ -202,11 +227,16 @@ def drop(store: Path, names: list[str]) -> tuple[list[str], int]:
             found = [n for n in opened.names() if n == wanted or n.startswith(f"{wanted.rstrip('/')}/")]
             if not found:
                 raise StoreError(f"{store} holds nothing called {wanted}; it holds {', '.join(opened.names())}.")
-            for name in found:
+            together = {name.rpartition("/")[0] for name in found} - {"pixels"}  # tokens, their scales and kept patches
+            for name in opened.names():
+                if name in found or name.rpartition("/")[0] in together:
+                    freed += sum(places.walk(store / name).values())
+                    remove_array(store, name)
+                    gone.append(name)
+        for name in leftovers(store):
+            if not commits.any_record(store, name):  # else nobody removed it: verify tells
                 freed += sum(places.walk(store / name).values())
-                places.remove_folder(store / name / "commits")  # first: a half-removed array has no readable row
-                places.remove(store / name / MADE)
-                places.remove_folder(store / name)
+                remove_array(store, name)
                 gone.append(name)
         for name in array_names(store):
             ndim = len(array_metadata(store, name)[0])

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from cli import main
-from pipeline import cluster, commits, images, masks, store, upkeep
+from pipeline import cluster, commits, images, masks, provenance, store, upkeep
 from pipeline.corpora import open_corpus
 from pipeline.extract import extract
 from pipeline.index import Index
@@ -246,6 +246,7 @@ def test_how_an_array_was_made_stays_as_it_was_said(corpus: Path, settings: Sett
     made = json.loads(file.read_text())
     now = made["versions"]["torch"]
     made["versions"]["torch"] = "1.0"
+    made["check"] = provenance.check_of(made)
     file.write_text(json.dumps(made))
     before = file.read_bytes()
     extract(source, path, ["clip"], settings, limit=64, in_process=True)

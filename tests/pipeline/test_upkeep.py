@@ -11,7 +11,7 @@ import zarr
 from PIL import Image
 
 from cli import main
-from pipeline import cluster, commits, encode, fidelity, int8, store, upkeep
+from pipeline import cluster, commits, encode, fidelity, int8, provenance, store, upkeep
 from pipeline.corpora import open_corpus
 from pipeline.extract import extract, plan_index
 from pipeline.redo import repair, retry
@@ -112,7 +112,9 @@ def test_what_cannot_be_made_again_is_left_as_it_is_and_named(tmp_path: Path, ca
     assert [file for file in before if now[file] != before[file]] == [f"{name}/c/2/0/0"]
     assert sorted(commits.committed(path, name)) == [0, 1, 2] and upkeep.describe(path)["dead"] == []
     made = path / name / "made.json"
-    made.write_text(made.read_text().replace('"autocast": "fp32"', '"autocast": "bf16"'))
+    about = json.loads(made.read_text().replace('"autocast": "fp32"', '"autocast": "bf16"'))
+    about["check"] = provenance.check_of(about)
+    made.write_text(json.dumps(about))
     with pytest.raises(
         StoreError, match="clip/5/tokens was made by another encoder than is here now: autocast is 'fp32'"
     ):
@@ -191,7 +193,7 @@ def test_damaged_commit_records_are_named_and_restored(tmp_path: Path) -> None:
 
 
 def test_damaged_metadata_of_an_array_is_named_and_restored(tmp_path: Path) -> None:
-    _, path = world(tmp_path, "store.dtype=int8")
+    _, path = world(tmp_path, "store.dtype=int8", "clip.layers=[5,4]")
     name, before = "clip/5/tokens", shards(path)
     file = path / name / "zarr.json"
     text = file.read_text()
@@ -209,8 +211,100 @@ def test_damaged_metadata_of_an_array_is_named_and_restored(tmp_path: Path) -> N
     assert repair(path, in_process=True)[1] == [] and shards(path) == before
     (path / name / "made.json").write_text("{")
     store.shard_file(path, name, 1, 3).write_bytes(b"damaged")
-    with pytest.raises(StoreError, match="made.json is damaged .*nobody knows how clip/5/tokens was made"):
-        repair(path, in_process=True)
+    store.shard_file(path, "clip/4/tokens", 1, 3).write_bytes(b"damaged")
+    repaired, left = repair(path, in_process=True)
+    assert any("clip/4/tokens/c/1" in line for line in repaired) and len(left) == 3
+    assert "made.json is damaged" in left[-1] and "nobody knows how clip/5/tokens was made" in left[-1]
+    assert "is damaged" in upkeep.info(path)["made"][name]["damaged"]
+
+
+def test_every_flipped_bit_of_an_arrays_metadata_is_told_and_restored(tmp_path: Path) -> None:
+    folder, path = world(tmp_path)
+    name, draw = "clip/5/tokens", random.Random(0)
+    file, made = path / name / "zarr.json", path / name / "made.json"
+    for damaged in (file, made):
+        content = damaged.read_bytes()
+        for _ in range(150):
+            bit, flipped = draw.randrange(len(content) * 8), bytearray(content)
+            flipped[bit // 8] ^= 1 << bit % 8
+            damaged.write_bytes(flipped)
+            try:
+                same = json.loads(flipped) == json.loads(content)
+            except ValueError:
+                same = False
+            told = upkeep._mend(path, name, write=damaged == file)
+            assert [line.split(" ")[0].rstrip(":") for line in told] == ([] if same else [str(damaged)]), flipped
+            assert damaged == made or same or file.read_bytes() == content
+            damaged.write_bytes(content)
+    file.write_text(file.read_text().replace('"shape": [\n    12', '"shape": [\n    13'))
+    settings, source = load_settings(overrides=["store.shard_rows=4"]), open_corpus(tmp_path / "list.csv", folder)
+    with pytest.raises(
+        StoreError, match="zarr.json is damaged: it is not what it was when it was declared; run: .*--repair"
+    ):
+        extract(source, path, ["clip"], settings, in_process=True)
+    assert len(repair(path, in_process=True)[0]) == 1 and upkeep.verify(path) == []
+
+
+@pytest.mark.parametrize("content", ["{", None])
+def test_group_files_are_told_and_written_again(tmp_path: Path, content: str | None) -> None:
+    folder, path = world(tmp_path)
+    files = [path / "zarr.json", path / "clip/zarr.json", path / "clip/5/zarr.json"]
+    before = [file.read_bytes() for file in files]
+    for file in files:
+        file.unlink() if content is None else file.write_text(content)
+    assert [line.partition(":")[0] for line in upkeep.verify(path)] == [str(file) for file in files]
+    source, settings = open_corpus(tmp_path / "list.csv", folder), load_settings(overrides=["store.shard_rows=4"])
+    assert extract(source, path, ["clip"], settings, in_process=True)["encoders"]["clip"]["images"] == 0
+    repaired, left = repair(path, in_process=True)
+    assert left == [] and repaired and [file.read_bytes() for file in files] == before and upkeep.verify(path) == []
+    shutil.rmtree(path / "clip")
+    (path / "zarr.json").write_text("{")
+    with pytest.raises(StoreError, match="is no feature store"):  # without an array nothing says what it is
+        store.FeatureStore(path)
+
+
+def test_a_drop_that_was_killed_is_finished_by_the_next_gc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, path = world(tmp_path, "store.dtype=int8")
+    extra, removed = path / "mae/draw-1/tokens", store.places.remove_folder
+    (extra / "c/0/0").mkdir(parents=True)
+    (extra / "c/0/0/0").write_bytes(b"of a draw whose metadata went first")
+    assert upkeep.drop(path, []) == (["mae/draw-1/tokens"], 35) and not extra.exists()
+
+    def killed(folder: Path) -> None:
+        if folder.name == "c":
+            next(file for file in folder.rglob("*") if file.is_file()).unlink()
+            raise KeyboardInterrupt
+        removed(folder)
+
+    monkeypatch.setattr(store.places, "remove_folder", killed)
+    with pytest.raises(KeyboardInterrupt):
+        upkeep.drop(path, ["clip/5/scale"])
+    monkeypatch.undo()
+    assert upkeep.drop(path, ["clip/5"])[0] == ["clip/5/scale", "clip/5/tokens"]
+    assert not list((path / "clip").rglob("c")) and store.array_names(path) == []
+    (extra / "commits").mkdir(parents=True)
+    (extra / "commits/0.json").write_text("{}")  # nobody dropped this one: it lost its metadata
+    assert upkeep.drop(path, []) == ([], 0) and "zarr.json and made.json; restore" in upkeep.verify(path)[0]
+
+
+def test_half_of_what_belongs_together_is_not_dropped(tmp_path: Path) -> None:
+    _, path = world(tmp_path, "store.dtype=int8")
+    assert upkeep.drop(path, ["clip/5/scale"])[0] == ["clip/5/scale", "clip/5/tokens"] and upkeep.verify(path) == []
+
+
+def test_records_that_the_disk_does_not_give_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, path = world(tmp_path)
+    sealed, read = path / "clip/5/tokens/commits" / commits.SEALED, commits.places.read
+
+    def fails(file: Path) -> bytes:
+        if file == sealed:
+            raise OSError(5, "Input/output error")
+        return read(file)
+
+    monkeypatch.setattr(commits.places, "read", fails)
+    assert [line.partition(":")[0] for line in upkeep.verify(path)] == [str(sealed)]
+    with pytest.raises(StoreError, match="sealed.parquet: damaged commit records; run: xformer store verify"):
+        store.FeatureStore(path).array("clip/5/tokens")
 
 
 def test_retry_tries_images_again_whose_cause_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
