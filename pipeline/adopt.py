@@ -14,7 +14,7 @@ from awscrt.checksums import crc32c
 
 from pipeline import commits, encode, places
 from pipeline.index import Index
-from pipeline.reader import array_metadata, shard_file
+from pipeline.reader import array_metadata, refuse_mixed, shard_file
 from pipeline.store import array_names, shard_bytes
 from xformer.errors import StoreError
 
@@ -88,8 +88,12 @@ class Siblings:
 
 def adopt(path: Path) -> list[str]:
     """Makes the commit records again that are damaged, or that an array has lost altogether, of every shard that is
-    whole. Returns what was done, one line each; what could not be adopted keeps its damaged record."""
+    whole. Returns what was done, one line each; what could not be adopted keeps its damaged record.
+
+    Raises StoreError where the index is another than the arrays were made over."""
     siblings, lines = Siblings(path), []
+    for name in siblings.names:
+        refuse_mixed(path, name, siblings.index)
     for name in sorted(siblings.names, key=lambda name: (not _told_by_itself(path, name), name)):
         damaged, lost = commits.damaged(path, name), not commits.any_record(path, name)
         shards = _written(path, name) if lost else damaged
