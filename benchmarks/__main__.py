@@ -38,8 +38,9 @@ def start() -> dict:
     return medians
 
 
-PEAK = """
-import resource, sys
+# VmHWM, not ru_maxrss: that one begins with the parent's
+PEAK = r"""
+import re, sys
 from pathlib import Path
 from pipeline.corpora import open_corpus
 from pipeline.extract import extract
@@ -48,17 +49,17 @@ from xformer.settings import load_settings
 set_quiet(True)
 corpus, store, limit = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 extract(open_corpus(corpus), store, ["clip"], load_settings(), limit=limit, in_process=True)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024)
 """
-TRAIN = """
-import resource, sys
+TRAIN = r"""
+import re, sys
 from pathlib import Path
 from xformer.console import set_quiet
 from xformer.settings import load_settings
 from xformer.train import train_stage1
 set_quiet(True)
 train_stage1([Path(sys.argv[1])], Path(sys.argv[2]), load_settings(overrides=["train.max_steps=30"]), "qformer", False)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+print(int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024)
 """
 
 
