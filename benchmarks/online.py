@@ -193,7 +193,7 @@ class RandomLlm(nn.Module):
         from transformers import OPTForCausalLM
 
         super().__init__()
-        config = llm_config("opt-2.7b")
+        config = llm_config("opt-2.7b", "")
         config.num_hidden_layers, config.vocab_size = LLM, round(50272 / SHARE)
         self.model: Any = OPTForCausalLM(config).eval().requires_grad_(False)
         self.width = 2560
