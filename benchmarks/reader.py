@@ -117,6 +117,7 @@ def write_everything(folder: Path, store: Path, dtype: str):
 
     index = Index.__new__(Index)  # of rows that have no images
     index.folder, index.count, index.shard_rows, index.shards = store / "index", ROWS, SHARD_ROWS, ROWS // SHARD_ROWS
+    index.description = {}
     channels = [1.0] * SHAPE[-1]
     more = {"channel_scale": channels, "channel_scale_sha256": int8.digest(channels)} if dtype == "int8" else {}
     create_array(store, ARRAY, index, SHAPE, dtype, {}, {}, more)

@@ -169,12 +169,21 @@ def _schema(path: Path) -> Any:
     """The schema that a store's root group names; None where there is no store.
 
     Where that file is damaged or gone, an index and an array that says how it was made are a store of this schema.
+    Raises StoreError where neither is there, for what is wrong with the file or with its place.
     """
+    damaged = None
     try:
         return places.read_json(path / "zarr.json")["attributes"]["xformer_schema"]
-    except (StoreError, FileNotFoundError, NotADirectoryError, KeyError, TypeError):
-        whole = places.exists(path / "index" / "index.json") and array_names(path)
-        return SCHEMA if whole and any(places.exists(path / name / MADE) for name in whole) else None
+    except StoreError as error:
+        damaged = error
+    except (FileNotFoundError, NotADirectoryError, KeyError, TypeError):
+        pass
+    whole = array_names(path) if places.exists(path / "index" / "index.json") else []
+    if any(places.exists(path / name / MADE) for name in whole):
+        return SCHEMA
+    if damaged is not None:
+        raise damaged
+    return None
 
 
 def create_group(store: Path) -> None:

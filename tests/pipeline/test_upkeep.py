@@ -259,7 +259,7 @@ def test_group_files_are_told_and_written_again(tmp_path: Path, content: str | N
     assert left == [] and repaired and [file.read_bytes() for file in files] == before and upkeep.verify(path) == []
     shutil.rmtree(path / "clip")
     (path / "zarr.json").write_text("{")
-    with pytest.raises(StoreError, match="is no feature store"):  # without an array nothing says what it is
+    with pytest.raises(StoreError, match="zarr.json is damaged"):  # without an array nothing says what it is
         store.FeatureStore(path)
 
 
