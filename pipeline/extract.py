@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline import cluster, encode, fidelity, images, int8, masks, objects, places, provenance, store, upkeep
+from pipeline import cluster, commits, encode, fidelity, images, int8, masks, objects, places, provenance, store, upkeep
 from pipeline.corpora import Corpus
 from pipeline.index import Index
 from pipeline.write_index import write_index
@@ -118,6 +118,14 @@ def plan_index(path: Path, corpus: Corpus, settings: Settings, limit: int | None
         if not difference:
             for name in store.array_names(path):
                 store.refuse_mixed(path, name, index)
+                if not places.exists(path / name / "zarr.json"):
+                    at = places.shown(path)
+                    raise StoreError(f"{at}: {name}/zarr.json is lost; run: xformer store verify {at} --repair")
+            if lost := [name for name in store.leftovers(path) if commits.any_record(path, name)]:
+                raise StoreError(
+                    f"{places.shown(path)}: {lost[0]} has features but neither zarr.json nor made.json, which said how they are "
+                    "to be read; restore them from a copy, or remove that folder."
+                )
             if index.shard_rows != settings.store.shard_rows:
                 rows = f"{index.shard_rows} rows a shard, as it was planned, not {settings.store.shard_rows}"
                 say(f"{places.shown(path)} keeps {rows}")
@@ -200,6 +208,8 @@ def extract(
         todo: cluster.Todo = {}
         for shard in range(index.shards):
             if missing := [n for n in names if shard not in done[n]]:
+                pairs = {f"{n.rpartition('/')[0]}/tokens" for n in missing if n.endswith("/scale")}
+                missing += sorted(pairs - {*missing})  # a scale is made with its tokens, which stay as they are
                 todo[shard] = missing, list(known.get(shard, {}).values()), {}
         del done, known
         skipped = index.shards - len(todo)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import commits, encode, places, upkeep
-from pipeline.reader import shard_file
+from pipeline.reader import array_metadata, shard_file
 from pipeline.store import (
     MADE,
     FeatureStore,
@@ -103,7 +103,12 @@ def _index_of(path: Path) -> dict[str, Any]:
 
 def _made(path: Path, name: str) -> dict[str, Any]:
     """Everything that must agree for two arrays to be one: identity, usage, int8 scales, and the Zarr metadata."""
-    content = json.loads(places.read(path / name / "zarr.json"))
+    try:
+        array_metadata(path, name)
+        content = json.loads(places.read(path / name / "zarr.json"))
+    except FileNotFoundError:
+        at = places.shown(path)
+        raise StoreError(f"{at}: {name}/zarr.json is lost; run: xformer store verify {at} --repair") from None
     attributes = content.pop("attributes")
     attributes.pop("rows_sha256", None)  # compared with each index; older arrays have none
     attributes.pop("fingerprint")  # of the identity, whose first field that differs says more

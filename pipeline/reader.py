@@ -170,6 +170,8 @@ class FeatureArray:
         self._cache = (cache or LocalCache()) if places.is_object(store) else None
         self._read_commits()
         self.channels: np.ndarray | None = None
+        if self.dtype == np.int8 and "channel_scale" not in self.attributes:
+            raise StoreError(f"{store}: {name} is int8 and has no channel_scale, so its values cannot be known.")
         if "channel_scale" in self.attributes:
             self.channels = np.array(self.attributes["channel_scale"], np.float32)
             self._scale = FeatureArray(store, f"{name.rpartition('/')[0]}/scale", index, cache)

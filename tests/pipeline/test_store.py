@@ -22,6 +22,7 @@ from pipeline import commits, reader, store, upkeep
 from pipeline.corpora import open_corpus
 from pipeline.extract import extract, plan_index
 from pipeline.index import Index
+from pipeline.merge import merge
 from pipeline.redo import repair, retry
 from tests.pipeline.test_extract import withdraw
 from xformer.errors import StoreError
@@ -288,3 +289,34 @@ def test_ids_are_found_and_a_record_of_no_shard_is_named(
     assert any("shard 9" in line for line in repair(path, in_process=True)[1])  # told, not removed
     with pytest.raises(StoreError, match="has shards 0 to 3, not 9: a commit record of shard 9"):
         extract(open_corpus(corpus), path, ["mae"], settings, in_process=True)
+
+
+@pytest.mark.parametrize("lost", [["zarr.json"], ["zarr.json", "made.json"]])
+def test_features_that_do_not_say_how_they_are_read_are_never_declared_anew(
+    lost: list[str], features: Path, corpus: Path, tmp_path: Path, settings: Settings
+) -> None:
+    path = copy(features, tmp_path)
+    for name in lost:
+        (path / "clip/5/tokens" / name).unlink()
+    before = {file: file.read_bytes() for file in path.rglob("*") if file.is_file()}
+    with pytest.raises(StoreError, match="zarr.json is lost|neither zarr.json nor made.json"):
+        extract(open_corpus(corpus), path, ["clip"], settings, in_process=True)
+    if len(lost) == 1:
+        with pytest.raises(StoreError, match="zarr.json is lost"):
+            merge(Path(shutil.copytree(features, tmp_path / "other.zarr")), [path])
+    assert before == {f: f.read_bytes() for f in path.rglob("*") if f.is_file() and not f.name.endswith(".lock")}
+
+
+def test_a_scale_whose_record_is_lost_is_made_again_beside_its_tokens(corpus: Path, tmp_path: Path) -> None:
+    path, settings = tmp_path / "s.zarr", load_settings(overrides=["store.shard_rows=8", "store.dtype=int8"])
+    extract(open_corpus(corpus), path, ["clip"], settings, limit=24, in_process=True)
+    records = commits.committed(path, "clip/5/scale")
+    for file in (path / "clip/5/scale/commits").iterdir():
+        file.unlink()
+    for shard in (0, 2):
+        commits.publish(path, "clip/5/scale", records[shard])
+    want = store.shard_file(path, "clip/5/scale", 1, 2).read_bytes()
+    store.shard_file(path, "clip/5/scale", 1, 2).unlink()
+    extract(open_corpus(corpus), path, ["clip"], settings, limit=24, in_process=True)
+    assert store.shard_file(path, "clip/5/scale", 1, 2).read_bytes() == want and upkeep.verify(path) == []
+    assert np.isfinite(store.FeatureStore(path).array("clip/5/tokens").read(np.arange(24))).all()
