@@ -123,8 +123,8 @@ def plan_index(path: Path, corpus: Corpus, settings: Settings, limit: int | None
                     raise StoreError(f"{at}: {name}/zarr.json is lost; run: xformer store verify {at} --repair")
             if lost := [name for name in store.leftovers(path) if commits.any_record(path, name)]:
                 raise StoreError(
-                    f"{places.shown(path)}: {lost[0]} has features but neither zarr.json nor made.json, which said how they are "
-                    "to be read; restore them from a copy, or remove that folder."
+                    f"{places.shown(path)}: {lost[0]} has features but neither zarr.json nor made.json, which said how "
+                    "they are to be read; restore them from a copy, or remove that folder."
                 )
             if index.shard_rows != settings.store.shard_rows:
                 rows = f"{index.shard_rows} rows a shard, as it was planned, not {settings.store.shard_rows}"
