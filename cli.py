@@ -284,7 +284,7 @@ def store_verify(
     --repair makes shards again from the pictures; until then their old commits stay. Nothing else is touched.
     """
     _settings("tiny", None, None, None, quiet)
-    from pipeline import upkeep
+    from pipeline import audit, sources
     from pipeline.places import shown
     from xformer import publish
     from xformer.console import say
@@ -294,13 +294,13 @@ def store_verify(
         raise UserError("verify: --repair mends shards and --source looks at pictures; give one of them.")
     name, what, repaired = shown(store), "damaged", []
     if source:
-        problems, what = upkeep.changed(store, images), "changed"
+        problems, what = sources.changed(store, images), "changed"
     elif repair:
         from pipeline.redo import repair as run
 
         repaired, problems = run(store, images, workers=workers, gpus=gpus, scheduler=scheduler)
     else:
-        problems = upkeep.verify(store)
+        problems = audit.verify(store)
     for problem in problems:
         print(problem, file=sys.stderr)
     if json_file:
@@ -313,7 +313,7 @@ def store_verify(
     for line in repaired:
         say(f"mended: {line}")
     say(f"{name}: " + ("every picture is the one that was planned" if source else "every committed shard is intact"))
-    for line in [] if source else upkeep.unfinished(store):
+    for line in [] if source else audit.unfinished(store):
         say(f"{line}; run the same extraction again to finish it")
 
 

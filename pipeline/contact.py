@@ -3,6 +3,7 @@
 The picture is the cached one; of a store without pixels it is decoded again from where the extraction had it.
 """
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,6 @@ from pipeline import images, masks, provenance
 from pipeline.encode import planned_image
 from pipeline.reader import FeatureArray
 from pipeline.store import FeatureStore
-from pipeline.upkeep import rows_of
 from xformer.errors import StoreError
 
 
@@ -107,3 +107,11 @@ def _draw(axis, opened: FeatureStore, name: str, array: FeatureArray, row: int) 
         return
     grown = np.kron(kept, np.ones((pixels.shape[0] // side, pixels.shape[0] // side), bool))
     axis.imshow(np.where(grown[..., None], pixels, 128))
+
+
+def rows_of(store: Path, ids: list[str]) -> np.ndarray:
+    """The rows of image ids, int64. Raises StoreError for an id that is not there."""
+    rows = FeatureStore(store).index.find(ids)
+    if unknown := [key for key, row in zip(ids, rows.tolist(), strict=True) if row < 0]:
+        raise StoreError(f"{store}: no image has the id {json.dumps(unknown[0])}.")
+    return rows

@@ -9,7 +9,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from pipeline import cluster, commits, encode, fidelity, images, int8, masks, objects, places, provenance, store, upkeep
+from pipeline import (
+    cluster,
+    encode,
+    fidelity,
+    images,
+    int8,
+    masks,
+    objects,
+    places,
+    provenance,
+    sources,
+    store,
+    upkeep,
+)
 from pipeline.corpora import Corpus
 from pipeline.index import Index
 from pipeline.write_index import write_index
@@ -121,7 +134,7 @@ def plan_index(path: Path, corpus: Corpus, settings: Settings, limit: int | None
                 if not places.exists(path / name / "zarr.json"):
                     at = places.shown(path)
                     raise StoreError(f"{at}: {name}/zarr.json is lost; run: xformer store verify {at} --repair")
-            if lost := [name for name in store.leftovers(path) if commits.any_record(path, name)]:
+            if lost := store.lost_features(path):
                 raise StoreError(
                     f"{places.shown(path)}: {lost[0]} has features but neither zarr.json nor made.json, which said how "
                     "they are to be read; restore them from a copy, or remove that folder."
@@ -201,7 +214,7 @@ def extract(
                     known.setdefault(shard, {}).update({letter["row"]: letter for letter in record["dead"]})
         _check_dead(dead, index.count, settings)
         most = settings.corpus.max_dead_fraction
-        upkeep.check_sample(path, index, sorted(begun), corpus.root, dead, most)
+        sources.check_sample(path, index, sorted(begun), corpus.root, dead, most)
         finished = {name for name in names if len(done[name]) == index.shards}
         for kind in kinds:
             declare(path, index, specs[kind], settings, corpus, force, finished)

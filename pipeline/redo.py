@@ -9,14 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from pipeline import cluster, encode, places, provenance, upkeep
+from pipeline import audit, cluster, encode, places, provenance, sources, upkeep
 from pipeline.adopt import Siblings, adopt
+from pipeline.audit import Shards
 from pipeline.commits import committed
 from pipeline.extract import check_gpus, identity
 from pipeline.images import BadImage, decode
 from pipeline.index import Index
 from pipeline.store import FeatureStore, attributes, describe, first_difference, owner
-from pipeline.upkeep import Shards
 from xformer.console import progress
 from xformer.errors import StoreError
 
@@ -86,18 +86,18 @@ def _whole(siblings: Siblings, wanted: Shards) -> Shards:
 
 
 def repair(path: Path, images: Path | None = None, **how: Any) -> tuple[list[str], list[str]]:
-    """Mends what `upkeep.verify` finds. Returns what was wrong, and what of it still is, one line each."""
+    """Mends what `audit.verify` finds. Returns what was wrong, and what of it still is, one line each."""
     with owner(path):
-        mended = upkeep.mend(path)
+        mended = audit.mend(path)
         adopted = adopt(path)
-        found, bad = upkeep.check(path)
+        found, bad = audit.check(path)
         if adopted:
             upkeep.seal(path)
         mended = [line for line in mended if line not in found] + adopted
         if not bad:
             return mended, found
         left = redo(path, bad, images, **how)
-        still, _ = upkeep.check(path, only=bad)
+        still, _ = audit.check(path, only=bad)
     return [*mended, *found], [*still, *left]
 
 
@@ -147,7 +147,7 @@ def _usable(path: Path, index: Index, letters: dict[str, dict[int, str]], images
             return False
 
     tasks = sorted((row, root, most) for row, root, most in todo if row not in usable)
-    with progress("look at dead letters", len(tasks), "images") as bar, ThreadPoolExecutor(upkeep.READERS) as pool:
+    with progress("look at dead letters", len(tasks), "images") as bar, ThreadPoolExecutor(sources.READERS) as pool:
         for start in range(0, len(tasks), 64):
             part = tasks[start : start + 64]
             shards = {row // index.shard_rows for row, _, _ in part}

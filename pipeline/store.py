@@ -148,14 +148,7 @@ def clear_index(store: Path) -> None:
 
     Raises: StoreError where there are features, whose rows only the lost index knew; nothing is removed then.
     """
-
-    def committed_below(folder: Path) -> bool:  # whether or not its zarr.json is there
-        folders = set(places.children(folder)[1])
-        if "commits" in folders:
-            return any(not file.startswith(".") for file in places.children(folder / "commits")[0])
-        return any(committed_below(folder / name) for name in folders - {"c"} if folder / name != store / "index")
-
-    if committed_below(store):
+    if any(commits.any_record(store, name) for name, _ in _array_folders(store)):
         at = places.shown(store)
         raise StoreError(
             f"{at} has features but its index is lost: restore {at}/index from a copy, or extract into a new store."
@@ -352,6 +345,11 @@ def array_names(store: Path) -> list[str]:
 def leftovers(store: Path) -> list[str]:
     """Folders of shards or commits that belong to no array: of one that was being removed, or lost its metadata."""
     return [name for name, whole in _array_folders(store) if not whole]
+
+
+def lost_features(store: Path) -> list[str]:
+    """Those of them that hold committed features: what said how they are to be read is lost."""
+    return [name for name in leftovers(store) if commits.any_record(store, name)]
 
 
 def _array_folders(store: Path) -> list[tuple[str, bool]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import cache, reader, store, upkeep
+from pipeline import audit, cache, reader, store, upkeep
 from pipeline.corpora import open_corpus
 from pipeline.extract import extract
 from pipeline.index import Index
@@ -81,10 +81,10 @@ def test_a_flipped_bit_of_the_index_is_named(features: Path, tmp_path: Path) -> 
         damaged[draw.randrange(len(content))] ^= 4
         file.write_bytes(damaged)
         with pytest.raises(StoreError) as caught:
-            upkeep.verify(path)
+            audit.verify(path)
         named += str(caught.value).startswith(f"{file}: its bytes")
         file.write_bytes(content)
-    assert upkeep.verify(path) == []
+    assert audit.verify(path) == []
     line("a flipped bit of the index: named by verify", len(files), named)
 
 
@@ -108,7 +108,7 @@ def test_a_flipped_bit_of_index_json_is_refused_before_anything_is_written(
     file.write_bytes(whole.replace(b'"shard_rows": 32', b'"shard_rows": 33'))
     (path / CLIP / "zarr.json").write_bytes(b"")  # would be mended
     before = shards(path)
-    for run in (upkeep.verify, lambda path: repair(path, in_process=True), store.FeatureStore):
+    for run in (audit.verify, lambda path: repair(path, in_process=True), store.FeatureStore):
         with pytest.raises(StoreError, match=r"index.json is damaged \(its content does not match its hash"):
             run(path)
     assert shards(path) == before and (path / CLIP / "zarr.json").read_bytes() == b""
@@ -131,7 +131,7 @@ def test_an_index_of_other_rows_than_the_arrays_is_refused_and_nothing_is_made_a
             lambda: Cache(path, settings, "xformer", pixels=False),
             lambda: extract(open_corpus(corpus), path, ["clip"], settings, in_process=True),
             lambda: merge(tmp_path / "new.zarr", [path]),
-            *([] if key == "images" else [lambda: upkeep.verify(path), lambda: repair(path, in_process=True)]),
+            *([] if key == "images" else [lambda: audit.verify(path), lambda: repair(path, in_process=True)]),
         ):
             with pytest.raises(StoreError, match=words):
                 run()
@@ -147,7 +147,7 @@ def everything(path: Path, settings: Settings) -> dict[str, Callable[[], object]
         _ = captions[0], index.usable("train"), index.image_keys(np.array([1])), index.id_of(1), index.shard(1)
 
     def verify() -> None:
-        if problems := upkeep.verify(path):
+        if problems := audit.verify(path):
             raise StoreError(*problems)
 
     return {
@@ -214,7 +214,7 @@ def test_verify_goes_on_after_a_shard_that_the_disk_does_not_give(features: Path
     files[0].unlink()
     files[0].mkdir()  # reading it fails, and not because it is missing
     files[1].write_bytes(b"")
-    assert [problem.partition(":")[0] for problem in upkeep.verify(path)] == [str(file) for file in files]
+    assert [problem.partition(":")[0] for problem in audit.verify(path)] == [str(file) for file in files]
 
 
 def test_rows_are_never_delivered_into_memory_that_does_not_fit(features: Path) -> None:

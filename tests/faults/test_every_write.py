@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import cluster, store, upkeep
+from pipeline import audit, cluster, store
 from pipeline.corpora import open_corpus
 from pipeline.extract import extract, plan_index
 from pipeline.index import Index
@@ -103,7 +103,7 @@ def kill_at_writes(corpus: Path, tmp_path: Path, kills: int) -> None:
     builds, want = sorted(tmp_path.glob("*.zarr")), tmp_path / "want.zarr"
     extract(open_corpus(corpus), want, ["clip", "mae"], settings, limit=64, in_process=True)
     wanted = shards(want)
-    bad = [build for build in builds if upkeep.verify(build) or shards(build) != wanted]
+    bad = [build for build in builds if audit.verify(build) or shards(build) != wanted]
     killed, redone = (int(done.stdout.split()[place]) for place in (1, 3))
     assert killed == kills and not bad and redone <= cluster.IN_FLIGHT
     print(f"\n  a kill lost the encoding of at most {redone} shards; {cluster.IN_FLIGHT} are in flight at once")
@@ -124,7 +124,7 @@ AGAIN = (
     + """
 import shutil
 import numpy as np
-from pipeline import redo, store, upkeep
+from pipeline import audit, redo, store
 from tests.pipeline.test_extract import shards
 
 given, want, opened = Path(sys.argv[4]), shards(Path(sys.argv[5])), store.FeatureStore(Path(sys.argv[5]))
@@ -153,7 +153,7 @@ while True:
     for _ in range(2):  # a kill between the bytes and the record is damage, the rest dead letters as before
         redo.repair(path, in_process=True)
         redo.retry(path, in_process=True)
-    assert upkeep.verify(path) == [] and shards(path) == want and not upkeep.describe(path)["dead"], place
+    assert audit.verify(path) == [] and shards(path) == want and not store.describe(path)["dead"], place
     shutil.rmtree(path)
     place += step
 print("killed", killed, flush=True)
@@ -208,7 +208,7 @@ def test_no_space_at_any_write_stops_and_goes_on(corpus: Path, tmp_path: Path, m
             assert error.errno == 28
             stopped += 1
         if path.is_dir() and (path / "index/index.json").is_file():
-            assert upkeep.verify(path) == []
+            assert audit.verify(path) == []
     monkeypatch.undo()
     extract(source, tmp_path / "want.zarr", ["clip", "mae"], settings, limit=40, in_process=True)
     assert shards(path) == shards(tmp_path / "want.zarr") and stopped >= 3
@@ -237,7 +237,7 @@ def test_a_full_disk_of_24_mb(tmp_path: Path) -> None:
     steps = [
         f"mount -t tmpfs -o size=24m tmpfs {disk}",
         f"{python} {command}; echo first $?",
-        f'{python} -c "from pathlib import Path; from pipeline.upkeep import verify; '
+        f'{python} -c "from pathlib import Path; from pipeline.audit import verify; '
         f"print('damaged', len(verify(Path('{disk}/s.zarr'))))\"",
         f"mount -o remount,size=80m {disk}",
         f"{python} {command}; echo second $?",

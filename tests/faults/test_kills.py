@@ -15,7 +15,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from pipeline import commits, store, upkeep
+from pipeline import audit, commits, store
 from pipeline.corpora import open_corpus
 from pipeline.extract import extract
 from tests.conftest import SHARED
@@ -99,11 +99,11 @@ def kill_and_compare(source: str, images: str, kills: int, partial: int, tmp_pat
                 shutil.rmtree(path)
         elif path.exists():
             try:
-                assert upkeep.verify(path) == []
+                assert audit.verify(path) == []
             except StoreError as error:
                 assert "finished index" in str(error) or "no feature store" in str(error)
     extract(corpus, path, ["clip", "mae"], settings, in_process=True)
-    assert upkeep.verify(path) == [] and shards(path) == shards(whole)
+    assert audit.verify(path) == [] and shards(path) == shards(whole)
     print(f"\n  {in_between} of {kills} kills left some but not all of {every} shards committed")
     assert in_between >= partial
     line("SIGKILL of an extraction at a random moment", kills, done)
@@ -156,7 +156,7 @@ def test_dask_workers_die(corpus: Path, settings, tmp_path: Path) -> None:
             killed += 1
     _, errors = child.communicate(timeout=300)
     assert child.returncode == 0, errors
-    assert upkeep.verify(path) == [] and shards(path) == shards(tmp_path / "want.zarr") and killed >= 3
+    assert audit.verify(path) == [] and shards(path) == shards(tmp_path / "want.zarr") and killed >= 3
     line("SIGKILL of a Dask worker", killed, killed)
 
 
@@ -179,7 +179,7 @@ def test_a_worker_loads_its_encoder_once_for_all_shards(corpus: Path, tmp_path: 
     _, errors = child.communicate(timeout=300)
     assert child.returncode == 0, errors
     loads = (tmp_path / "loads").read_text().split()
-    assert len(loads) == len(set(loads)) == 2 and upkeep.describe(tmp_path / "s.zarr")["images"] == 128
+    assert len(loads) == len(set(loads)) == 2 and store.describe(tmp_path / "s.zarr")["images"] == 128
 
 
 CRASHING = """
@@ -206,7 +206,7 @@ def test_an_image_that_crashes_its_process_becomes_a_dead_letter(tmp_path: Path)
     child = command(*words, cwd=tmp_path, code=CRASHING)
     _, errors = child.communicate(timeout=500)
     assert child.returncode == 0, errors[-3000:]
-    dead = upkeep.describe(path)["dead"]
+    dead = store.describe(path)["dead"]
     assert [d["id"] for d in dead] == ["033.png"] and "crashes" in dead[0]["reason"]
     assert store.FeatureStore(path).complete("clip/5/tokens").missing_shards == []
     line("an image that crashes the process, 1 in 1,000: rows", 999, 1000 - len(dead))
@@ -259,5 +259,5 @@ def test_a_lost_scheduler_is_one_sentence_and_the_rerun_goes_on(corpus: Path, tm
     _, errors = again.communicate(timeout=300)
     assert again.returncode == 0, errors
     after = {s: store.shard_file(path, "clip/5/tokens", s, 3).stat().st_mtime_ns for s in before}
-    assert len(before) >= 3 and upkeep.verify(path) == [] and after == before
+    assert len(before) >= 3 and audit.verify(path) == [] and after == before
     line("the scheduler is lost; committed shards left alone", len(before), sum(after[s] == before[s] for s in before))

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline import adopt, commits, store, upkeep
+from pipeline import adopt, audit, commits, store, upkeep
 from pipeline.corpora import open_corpus
 from pipeline.extract import extract, plan_index
 from pipeline.redo import repair
@@ -48,7 +48,7 @@ def test_a_lost_commit_record_comes_back_from_its_whole_shard(tmp_path: Path, dt
     assert len(repaired) == 3 * (len(names) - 1) and left == [] and shards(path) == before
     told = {name: {s: r | {"seconds": 0} for s, r in commits.committed(path, name).items()} for name in names}
     assert told == {name: {s: r | {"seconds": 0} for s, r in records[name].items()} for name in names}
-    assert upkeep.verify(path) == [] and (path / names[0] / "commits" / commits.SEALED).is_file()
+    assert audit.verify(path) == [] and (path / names[0] / "commits" / commits.SEALED).is_file()
 
 
 def test_whole_shards_without_any_record_are_adopted(tmp_path: Path) -> None:

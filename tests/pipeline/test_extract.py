@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from cli import main
-from pipeline import cluster, commits, images, masks, provenance, store, upkeep
+from pipeline import audit, cluster, commits, images, masks, provenance, store
 from pipeline.corpora import open_corpus
 from pipeline.extract import extract
 from pipeline.index import Index
@@ -225,7 +225,7 @@ def test_vanished_pictures_become_dead_letters_of_what_is_added_and_too_many_are
     assert "of 40 pictures looked at, 2 cannot be read any more" in capsys.readouterr().out
     opened, before = store.FeatureStore(path), shards(path)
     assert np.isfinite(opened.complete("clip/5/tokens").read([3, 20])).all()
-    assert opened.complete("mae/draw-0/tokens").dead_rows.tolist() == [3, 20] and upkeep.verify(path) == []
+    assert opened.complete("mae/draw-0/tokens").dead_rows.tolist() == [3, 20] and audit.verify(path) == []
     for row in (5, 21, 30, 39):
         files[row].unlink()
     more = load_settings(overrides=["store.shard_rows=16", "mae.draws=2"])
@@ -406,7 +406,7 @@ def test_killed_and_run_again_the_bytes_are_those_of_an_uninterrupted_run(
             time.sleep(0.002)
         child.wait()
     extract(open_corpus(corpus), path, ["clip"], settings, in_process=True)
-    assert upkeep.verify(path) == [] and shards(path) == shards(whole)
+    assert audit.verify(path) == [] and shards(path) == shards(whole)
 
 
 def test_one_pass_gives_the_bytes_of_one_pass_for_each(corpus: Path, tmp_path: Path) -> None:

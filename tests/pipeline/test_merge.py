@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from cli import main
-from pipeline import commits, store, upkeep
+from pipeline import audit, commits, store
 from pipeline.corpora import open_corpus
 from pipeline.extract import extract
 from pipeline.merge import merge
@@ -30,7 +30,7 @@ def test_partial_stores_become_the_store_of_one_extraction(
     main(["store", "merge", str(out), str(tmp_path / "a.zarr")])
     assert store.FeatureStore(out).array("mae/draw-0/tokens").missing_shards == [1, 2]
     main(["store", "merge", str(out), str(tmp_path / "b.zarr")])
-    assert upkeep.verify(out) == [] and shards(out) == shards(features)
+    assert audit.verify(out) == [] and shards(out) == shards(features)
     assert all((out / name / "commits/sealed.parquet").is_file() for name in store.array_names(out))
     file = store.shard_file(out, "mae/draw-1/tokens", 1, 3)  # of the second source, whose provenance came with it
     file.write_bytes(b"damaged")

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 from cli import main
-from pipeline import cache, objects, places, reader, store, upkeep
+from pipeline import audit, cache, objects, places, reader, store, upkeep
 from pipeline.cache import LocalCache
 from pipeline.corpora import open_corpus
 from pipeline.extract import extract, plan_index
@@ -163,7 +163,7 @@ def test_merging_there_and_back_gives_the_same_bytes(remote: Path, features: Pat
     there, back = "s3://bucket/merged/store.zarr", tmp_path / "back.zarr"
     main(["store", "merge", there, str(features), "s3://bucket/made/store.zarr"])
     main(["store", "merge", str(back), there])
-    assert upkeep.verify(Path(there)) == [] and shards(back) == shards(features)
+    assert audit.verify(Path(there)) == [] and shards(back) == shards(features)
 
 
 def test_a_refused_extraction_leaves_no_object(server: Server, tmp_path: Path, settings: Settings) -> None:
@@ -233,14 +233,14 @@ def test_missing_cut_and_changed_objects_are_errors_and_never_zeros(
         with pytest.raises(StoreError, match=r"s3://bucket.* is damaged"):
             array.read([row])
     assert np.isfinite(array.read([100])).all()
-    assert len(upkeep.verify(path)) == 3
+    assert len(audit.verify(path)) == 3
     if whole:
         sealed, content = path / NAME / "commits/sealed.parquet", places.read(path / NAME / "commits/sealed.parquet")
         places.write(sealed, content[:-1])
         with pytest.raises(StoreError, match="damaged commit records"):
             FeatureStore(path).array(NAME)
         repaired, left = repair(path, in_process=True)
-        assert len(repaired) == 4 and left == [] and upkeep.verify(path) == []
+        assert len(repaired) == 4 and left == [] and audit.verify(path) == []
         assert [hashlib.sha256(places.read(p)).digest() for p in [*places_of, sealed]] == [
             hashlib.sha256(c).digest()
             for c in [*(places.read(remote / p.relative_to(path)) for p in places_of), content]
@@ -270,7 +270,7 @@ def test_a_retry_there_makes_only_the_shard_of_the_picture_that_came_back(
     rows = [66, 67]  # of the new object, the one unchanged
     np.testing.assert_array_equal(opened.read(rows[:1]), FeatureStore(remote).complete(NAME).read(rows[:1]))
     np.testing.assert_array_equal(opened.read(rows), FeatureStore(remote).complete(NAME).read(rows))
-    assert upkeep.verify(path) == [] and not places.exists(path / objects.LEASE_NAME)
+    assert audit.verify(path) == [] and not places.exists(path / objects.LEASE_NAME)
 
 
 def test_two_503_or_a_late_answer_and_then_success(remote: Path, server: Server, hasty: None) -> None:

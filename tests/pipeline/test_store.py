@@ -18,7 +18,7 @@ import pyarrow.ipc
 import pytest
 import zarr
 
-from pipeline import commits, reader, store, upkeep
+from pipeline import audit, commits, contact, reader, store
 from pipeline.corpora import open_corpus
 from pipeline.extract import extract, plan_index
 from pipeline.index import Index
@@ -67,12 +67,12 @@ def test_every_flipped_bit_is_found(features: Path, tmp_path: Path) -> None:
         bit = draw.randrange(len(content) * 8)
         damaged[bit // 8] ^= 1 << bit % 8
         shard(path).write_bytes(damaged)
-        assert len(upkeep.verify(path)) == 1
+        assert len(audit.verify(path)) == 1
         array = store.FeatureStore(path).complete("clip/5/tokens")
         with pytest.raises(StoreError, match="damaged"):
             array.read(np.arange(32, 64))
     shard(path).write_bytes(content)
-    assert upkeep.verify(path) == []
+    assert audit.verify(path) == []
 
 
 @pytest.mark.parametrize("part", [0, 0.01, 0.25, 0.5, 0.99])
@@ -148,7 +148,7 @@ def test_a_committed_shard_is_never_replaced_by_other_bytes(
     assert shard(path, name, 0).read_bytes() == before and commits.committed(path, name)[0] == record
     monkeypatch.setattr(commits, "exists", lambda *_: False)  # another writer commits between question and write
     store.write_shard(path, name, index, 0, block, ids, [], 0.0)
-    assert upkeep.verify(path) == []
+    assert audit.verify(path) == []
 
 
 def test_wrong_blocks_are_refused_before_they_are_written(features: Path, tmp_path: Path) -> None:
@@ -281,11 +281,11 @@ def test_ids_are_found_and_a_record_of_no_shard_is_named(
 ) -> None:
     path = copy(features, tmp_path)
     ids = Index(path / "index").column("id")["id"].to_pylist()
-    assert upkeep.rows_of(path, [ids[90], ids[0], ids[90]]).tolist() == [90, 0, 90]
+    assert contact.rows_of(path, [ids[90], ids[0], ids[90]]).tolist() == [90, 0, 90]
     with pytest.raises(StoreError, match='no image has the id "none"'):
-        upkeep.rows_of(path, [ids[3], "none"])
+        contact.rows_of(path, [ids[3], "none"])
     commits.publish(path, "clip/5/tokens", commits.committed(path, "clip/5/tokens")[3] | {"shard": 9})
-    assert [line for line in upkeep.verify(path) if "clip/5/tokens has a commit record of shard 9" in line]
+    assert [line for line in audit.verify(path) if "clip/5/tokens has a commit record of shard 9" in line]
     assert any("shard 9" in line for line in repair(path, in_process=True)[1])  # told, not removed
     with pytest.raises(StoreError, match="has shards 0 to 3, not 9: a commit record of shard 9"):
         extract(open_corpus(corpus), path, ["mae"], settings, in_process=True)
@@ -318,5 +318,5 @@ def test_a_scale_whose_record_is_lost_is_made_again_beside_its_tokens(corpus: Pa
     want = store.shard_file(path, "clip/5/scale", 1, 2).read_bytes()
     store.shard_file(path, "clip/5/scale", 1, 2).unlink()
     extract(open_corpus(corpus), path, ["clip"], settings, limit=24, in_process=True)
-    assert store.shard_file(path, "clip/5/scale", 1, 2).read_bytes() == want and upkeep.verify(path) == []
+    assert store.shard_file(path, "clip/5/scale", 1, 2).read_bytes() == want and audit.verify(path) == []
     assert np.isfinite(store.FeatureStore(path).array("clip/5/tokens").read(np.arange(24))).all()

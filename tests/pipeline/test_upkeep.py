@@ -11,7 +11,7 @@ import zarr
 from PIL import Image
 
 from cli import main
-from pipeline import cluster, commits, encode, fidelity, int8, provenance, store, upkeep
+from pipeline import audit, cluster, commits, encode, fidelity, int8, provenance, store, upkeep
 from pipeline.corpora import open_corpus
 from pipeline.extract import extract, plan_index
 from pipeline.redo import repair, retry
@@ -30,7 +30,7 @@ def test_repair_makes_exactly_the_damaged_shard_again(features: Path, tmp_path: 
     main(["store", "verify", str(path), "--repair", "--json", str(tmp_path / "verify.json")])
     told = json.loads((tmp_path / "verify.json").read_text())
     assert told["damaged"] == [] and [line.split(":")[0] for line in told["repaired"]] == [str(file)]
-    assert shards(path) == before and upkeep.verify(path) == []
+    assert shards(path) == before and audit.verify(path) == []
     assert [p for p, t in times.items() if p.stat().st_mtime_ns != t] == [file]
 
 
@@ -59,7 +59,7 @@ def test_every_array_is_made_again_as_it_was_made_itself(corpus: Path, tmp_path:
         file = store.shard_file(path, name, shard, ndim)
         file.write_bytes(file.read_bytes()[:-9] + b"damaged!!")
     repaired, left = repair(path, in_process=True)
-    assert len(repaired) == 4 and left == [] and shards(path) == before and upkeep.verify(path) == []
+    assert len(repaired) == 4 and left == [] and shards(path) == before and audit.verify(path) == []
     assert store.array_names(path) == [
         "clip/3/tokens", "mae/draw-0/kept", "mae/draw-0/tokens", "mae/full/tokens", "pixels/view-0",
     ]  # fmt: skip
@@ -110,7 +110,7 @@ def test_what_cannot_be_made_again_is_left_as_it_is_and_named(tmp_path: Path, ca
     assert f"{name} shard 2: 09.png: the file has changed since" in capsys.readouterr().err
     now = shards(path)
     assert [file for file in before if now[file] != before[file]] == [f"{name}/c/2/0/0"]
-    assert sorted(commits.committed(path, name)) == [0, 1, 2] and upkeep.describe(path)["dead"] == []
+    assert sorted(commits.committed(path, name)) == [0, 1, 2] and store.describe(path)["dead"] == []
     made = path / name / "made.json"
     about = json.loads(made.read_text().replace('"autocast": "fp32"', '"autocast": "bf16"'))
     about["check"] = provenance.check_of(about)
@@ -150,7 +150,7 @@ def test_the_newer_of_two_commit_records_counts(tmp_path: Path) -> None:
     commits.publish(path, name, before[1])
     assert store.FeatureStore(path).array(name).dead_rows.tolist() == [] and commits.reasons(path, name) == {}
     assert commits.committed(path, name) == before
-    assert commits.seal(path, name, 3) and commits.committed(path, name) == before and upkeep.verify(path) == []
+    assert commits.seal(path, name, 3) and commits.committed(path, name) == before and audit.verify(path) == []
 
 
 def test_damaged_commit_records_are_named_and_restored(tmp_path: Path) -> None:
@@ -167,12 +167,12 @@ def test_damaged_commit_records_are_named_and_restored(tmp_path: Path) -> None:
             if file == sealed:
                 with pytest.raises(StoreError, match="damaged commit records; run: xformer store verify"):
                     store.FeatureStore(path).array(name)
-        assert len(upkeep.verify(path)) == 1
+        assert len(audit.verify(path)) == 1
         repaired, left = repair(path, in_process=True)
         assert len(repaired) == 1 and left == [] and file.read_bytes() == content
         file.unlink()
-        assert upkeep.describe(path)["arrays"][name]["shards"] == "3/3" and len(upkeep.verify(path)) == 1
-        assert len(repair(path, in_process=True)[0]) == 1 and upkeep.verify(path) == []
+        assert store.describe(path)["arrays"][name]["shards"] == "3/3" and len(audit.verify(path)) == 1
+        assert len(repair(path, in_process=True)[0]) == 1 and audit.verify(path) == []
     for file in (sealed, copy):
         file.write_bytes(content[:-1])
     with pytest.raises(SystemExit):
@@ -204,7 +204,7 @@ def test_damaged_metadata_of_an_array_is_named_and_restored(tmp_path: Path) -> N
         file.write_text(text[:place] + change + text[place + 1 :] if change else text[:place])
         with pytest.raises(StoreError, match=r"clip/5/tokens/zarr.json is damaged \(.*\); run: xformer store verify"):
             store.FeatureStore(path).array(name)
-        assert len(upkeep.verify(path)) == 1
+        assert len(audit.verify(path)) == 1
         repaired, left = repair(path, in_process=True)
         assert len(repaired) == 1 and left == [] and file.read_text() == text and shards(path) == before
     store.shard_file(path, "clip/5/scale", 1, 2).write_bytes(b"damaged")
@@ -232,7 +232,7 @@ def test_every_flipped_bit_of_an_arrays_metadata_is_told_and_restored(tmp_path: 
                 same = json.loads(flipped) == json.loads(content)
             except ValueError:
                 same = False
-            told = upkeep._mend(path, name, write=damaged == file)
+            told = audit._mend(path, name, write=damaged == file)
             assert [line.split(" ")[0].rstrip(":") for line in told] == ([] if same else [str(damaged)]), flipped
             assert damaged == made or same or file.read_bytes() == content
             damaged.write_bytes(content)
@@ -242,7 +242,7 @@ def test_every_flipped_bit_of_an_arrays_metadata_is_told_and_restored(tmp_path: 
         StoreError, match="zarr.json is damaged: it is not what it was when it was declared; run: .*--repair"
     ):
         extract(source, path, ["clip"], settings, in_process=True)
-    assert len(repair(path, in_process=True)[0]) == 1 and upkeep.verify(path) == []
+    assert len(repair(path, in_process=True)[0]) == 1 and audit.verify(path) == []
 
 
 @pytest.mark.parametrize("content", ["{", None])
@@ -252,11 +252,11 @@ def test_group_files_are_told_and_written_again(tmp_path: Path, content: str | N
     before = [file.read_bytes() for file in files]
     for file in files:
         file.unlink() if content is None else file.write_text(content)
-    assert [line.partition(":")[0] for line in upkeep.verify(path)] == [str(file) for file in files]
+    assert [line.partition(":")[0] for line in audit.verify(path)] == [str(file) for file in files]
     source, settings = open_corpus(tmp_path / "list.csv", folder), load_settings(overrides=["store.shard_rows=4"])
     assert extract(source, path, ["clip"], settings, in_process=True)["encoders"]["clip"]["images"] == 0
     repaired, left = repair(path, in_process=True)
-    assert left == [] and repaired and [file.read_bytes() for file in files] == before and upkeep.verify(path) == []
+    assert left == [] and repaired and [file.read_bytes() for file in files] == before and audit.verify(path) == []
     shutil.rmtree(path / "clip")
     (path / "zarr.json").write_text("{")
     with pytest.raises(StoreError, match="zarr.json is damaged"):  # without an array nothing says what it is
@@ -284,12 +284,12 @@ def test_a_drop_that_was_killed_is_finished_by_the_next_gc(tmp_path: Path, monke
     assert not list((path / "clip").rglob("c")) and store.array_names(path) == []
     (extra / "commits").mkdir(parents=True)
     (extra / "commits/0.json").write_text("{}")  # nobody dropped this one: it lost its metadata
-    assert upkeep.drop(path, []) == ([], 0) and "zarr.json and made.json; restore" in upkeep.verify(path)[0]
+    assert upkeep.drop(path, []) == ([], 0) and "zarr.json and made.json; restore" in audit.verify(path)[0]
 
 
 def test_half_of_what_belongs_together_is_not_dropped(tmp_path: Path) -> None:
     _, path = world(tmp_path, "store.dtype=int8")
-    assert upkeep.drop(path, ["clip/5/scale"])[0] == ["clip/5/scale", "clip/5/tokens"] and upkeep.verify(path) == []
+    assert upkeep.drop(path, ["clip/5/scale"])[0] == ["clip/5/scale", "clip/5/tokens"] and audit.verify(path) == []
 
 
 def test_records_that_the_disk_does_not_give_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -302,7 +302,7 @@ def test_records_that_the_disk_does_not_give_are_named(tmp_path: Path, monkeypat
         return read(file)
 
     monkeypatch.setattr(commits.places, "read", fails)
-    assert [line.partition(":")[0] for line in upkeep.verify(path)] == [str(sealed)]
+    assert [line.partition(":")[0] for line in audit.verify(path)] == [str(sealed)]
     with pytest.raises(StoreError, match="sealed.parquet: damaged commit records; run: xformer store verify"):
         store.FeatureStore(path).array("clip/5/tokens")
 
@@ -335,8 +335,8 @@ def test_retry_tries_images_again_whose_cause_is_gone(tmp_path: Path, monkeypatc
     main(["store", "retry", str(path), "--workers", "1", "--json", str(tmp_path / "told.json")])
     told = json.loads((tmp_path / "told.json").read_text())
     assert (told["looked at"], told["tried"], told["dead"]) == (4, 2, 3)
-    assert sorted(d["id"] for d in upkeep.describe(path)["dead"]) == ["cut.png", "empty.jpg", "text.png"]
-    assert shards(path) == shards(tmp_path / "want.zarr") and upkeep.verify(path) == []
+    assert sorted(d["id"] for d in store.describe(path)["dead"]) == ["cut.png", "empty.jpg", "text.png"]
+    assert shards(path) == shards(tmp_path / "want.zarr") and audit.verify(path) == []
 
 
 def test_retry_without_the_pictures_loses_nothing_and_forgets_a_crash(tmp_path: Path) -> None:
@@ -365,7 +365,7 @@ def test_gc_drops_what_is_named_and_what_was_left_behind(features: Path, tmp_pat
     main(["store", "gc", str(path), "--drop", "mae/draw-1", "--json", str(tmp_path / "gc.json")])
     told = json.loads((tmp_path / "gc.json").read_text())
     assert "mae/draw-1/tokens" in told["removed"] and "clip/5/tokens/c/9" in told["removed"] and told["bytes"] > 12
-    assert shards(path) == others and not (path / "mae/draw-1/tokens").exists() and upkeep.verify(path) == []
+    assert shards(path) == others and not (path / "mae/draw-1/tokens").exists() and audit.verify(path) == []
     with pytest.raises(StoreError, match="nothing called mae/draw-7"):
         upkeep.drop(path, ["mae/draw-7"])
 
