@@ -51,7 +51,7 @@ class Encoders(nn.Module):
 
         super().__init__()
         self.clip: Any = timm.create_model("eva_giant_patch14_clip_224", pretrained=False, num_classes=0, depth=VIT)
-        self.mae: Any = ViTMAEModel(ViTMAEConfig(**VIT_MAE_HUGE | {"num_hidden_layers": MAE}))
+        self.mae: Any = ViTMAEModel(ViTMAEConfig.from_dict(VIT_MAE_HUGE | {"num_hidden_layers": MAE}))
         self.eval().requires_grad_(False)
 
     @torch.no_grad()

@@ -98,7 +98,7 @@ def readers(folder: Path, dtype: str, pool: ThreadPoolExecutor) -> Readers:
     if dtype == "int8":
         ways[f"{OURS}, to float16 features on the CPU"] = lambda chosen: ours.read(chosen, wide)
     zarr.config.set({"threading.max_workers": 1, "async.concurrency": 1})  # from here on, for every reading
-    ways["zarr oindex"] = lambda chosen: whole.oindex[chosen]
+    ways["zarr oindex"] = lambda chosen: np.asarray(whole.oindex[chosen])
     for name, made in (("zarr + zarrs", with_zarrs), ("tensorstore", with_tensorstore), ("h5py", with_h5py)):
         try:
             ways[name] = made(folder, store, out)
@@ -151,7 +151,7 @@ def tar_samples(file: Path) -> Iterator[np.ndarray]:
     try:
         import webdataset
 
-        dataset = webdataset.WebDataset(str(file), shardshuffle=False)
+        dataset = webdataset.WebDataset(str(file), shardshuffle=False)  # type: ignore[attr-defined]
         while True:
             for sample in dataset:
                 yield np.load(io.BytesIO(sample["npy"]))
@@ -169,7 +169,7 @@ def with_zarrs(folder: Path, store: Path, out: np.ndarray) -> Callable[[np.ndarr
 
     with zarr.config.set({"codec_pipeline.path": "zarrs.ZarrsCodecPipeline", "threading.max_workers": 1}):
         array = zarr.open_array(store, path=ARRAY, mode="r")
-    return lambda chosen: array.oindex[chosen]
+    return lambda chosen: np.asarray(array.oindex[chosen])
 
 
 def with_tensorstore(folder: Path, store: Path, out: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:

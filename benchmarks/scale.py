@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -30,6 +31,7 @@ ARRAYS = {
 OPEN = """
 import json, sys, time
 from pathlib import Path
+from typing import Any
 import benchmarks.scale as scale
 from xformer.data import Cache, Pairs
 from xformer.order import Schedule
@@ -158,6 +160,7 @@ def write_index(folder: Path) -> None:
     from pipeline.write_index import CAPTION_BATCH
     from xformer import publish
 
+    joined: Any = pc.binary_join_element_wise  # type: ignore[attr-defined]
     folder.mkdir(parents=True)
     hashes = np.zeros((HASHES, 32), np.uint8)
     rows_file = pq.ParquetWriter(folder / "rows.parquet", ROWS, compression="zstd")
@@ -169,7 +172,7 @@ def write_index(folder: Path) -> None:
         digests[:, :8] = numbers[:, None].view(np.uint8)
         columns = {
             "row": numbers, "id": ids, "source": ["table"] * count, "size": np.full(count, 100_000),
-            "location": pc.binary_join_element_wise("images/", ids, ".jpg", ""),
+            "location": joined("images/", ids, ".jpg", ""),
             "sha256": pa.FixedSizeBinaryArray.from_buffers(pa.binary(32), count, [None, pa.py_buffer(digests)]),
             "captions": np.ones(count, np.int32), "split": ["train"] * count, "status": ["ok"] * count,
             "reason": [""] * count,
@@ -179,7 +182,7 @@ def write_index(folder: Path) -> None:
         if first + count == HASHES or start + count == IMAGES:
             publish.write_bytes(folder / f"c/{start // HASHES}/0", hashes.tobytes())
         rows_file.write_table(pa.table(columns, ROWS))
-        texts = pc.binary_join_element_wise("a photo of the place ", ids, " at dusk", "")
+        texts = joined("a photo of the place ", ids, " at dusk", "")
         captions_file.write_table(pa.table({"row": numbers, "text": texts}, CAPTIONS))
     rows_file.close()
     captions_file.close()

@@ -7,6 +7,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from xformer.console import table
 
@@ -103,7 +104,7 @@ def queries() -> dict:
             rows = draw.permutation(64)[:images]
             xformer(torch.from_numpy(clip.read(rows)).float(), torch.from_numpy(mae.read(rows)).float())
 
-        giant = timm.create_model(settings.clip.architecture, num_classes=0).eval()
+        giant: Any = timm.create_model(settings.clip.architecture, num_classes=0).eval()
         huge = ViTMAEModel(ViTMAEConfig(hidden_size=1280, num_hidden_layers=32, num_attention_heads=16,
                                         intermediate_size=5120, patch_size=14, mask_ratio=0.75)).eval()  # fmt: skip
         pixels = torch.randn(images, 3, 224, 224)

@@ -43,9 +43,8 @@ def build() -> Stage1:
     torch.manual_seed(0)
     settings = load_settings("paper", overrides=["qformer.dropout=0", f"qformer.layers={LAYERS}"])
     with tempfile.TemporaryDirectory() as folder:
-        ViTMAEForPreTraining(
-            ViTMAEConfig(**VIT_MAE_HUGE | {"num_hidden_layers": 0, "decoder_num_hidden_layers": DECODER_LAYERS})
-        ).save_pretrained(folder)
+        sizes = VIT_MAE_HUGE | {"num_hidden_layers": 0, "decoder_num_hidden_layers": DECODER_LAYERS}
+        ViTMAEForPreTraining(ViTMAEConfig.from_dict(sizes)).save_pretrained(folder)
         decoder = FrozenDecoder(folder)
     for parameter in decoder.decoder.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
@@ -83,6 +82,7 @@ def as_lavis(stage1: Stage1, batch: Batch) -> Tensor:
     pad = (0, PADDED - batch.ids.shape[1])
     ids, mask = F.pad(batch.ids, pad), F.pad(batch.mask, pad)
     clip, local = batch.clip, batch.mae
+    assert local is not None and batch.kept is not None and batch.pixels is not None and stage1.decoder is not None
     queries, _ = bridge.qformer.queries(bridge.image_keys_values(clip))
     enhanced, rebuilt = bridge.enhance(queries, local)
     image, text = stage1.embed(enhanced, bridge.qformer.words(ids), mask)
@@ -102,7 +102,6 @@ def as_lavis(stage1: Stage1, batch: Batch) -> Tensor:
     inputs, targets = generation_labels(ids, mask, stage1.begin)
     written = bridge.qformer.write(bridge.qformer.enhanced_prefix(enhanced), bridge.qformer.words(inputs), mask)
     total = total + losses.itg(written, targets, stage1.smoothing)
-    assert stage1.decoder is not None
     predicted = stage1.decoder(rebuilt, batch.kept)
     return total + losses.reconstruction(predicted, batch.pixels, batch.kept, 14, stage1.decoder.norm_pix)
 
