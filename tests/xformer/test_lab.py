@@ -1,6 +1,7 @@
 """Ablations: planned and refused before anything runs, extracted once, killed and resumed with the same numbers."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from cli import main, run_command
 from pipeline.store import committed
 from xformer.console import duration
 from xformer.errors import EvaluationError, SettingsError, StoreError, TrainingError, WeightsError
-from xformer.lab import encoding, results, summary
+from xformer.lab import encoding, parallel, results, summary
 from xformer.lab import features as lab_features
 from xformer.lab.ablate import Request, ablate, make_plan
 from xformer.lab.clock import Clock
@@ -339,6 +340,18 @@ def test_several_workers_share_the_devices(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     with pytest.raises(TrainingError, match="no CUDA device"):
         devices(3)
+
+
+def test_workers_keep_their_memory_and_are_silent(capfd: pytest.CaptureFixture) -> None:
+    from distributed import Client
+
+    workers = parallel._cluster(1, False)
+    with Client(workers) as client:
+        environment = client.run(lambda: dict(os.environ))
+    workers.close(timeout=5)
+    (of_worker,) = environment.values()
+    assert "MALLOC_TRIM_THRESHOLD_" not in of_worker and of_worker["OMP_NUM_THREADS"] == str(os.cpu_count() or 1)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_captions_are_measured_once_their_extra_is_there(
