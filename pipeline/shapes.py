@@ -161,7 +161,7 @@ def write_shapes(out: Path, train: int, val: int, seed: int, side: int = 64) -> 
         report = {}
         for split, count in (("train", train), ("val", val)):
             report |= _write_split(partial / split, split, count, seed, side)
-        marker = {"format": 1, "seed": seed, "train": train, "val": val, "side": side}
+        marker = {"format": 2, "seed": seed, "train": train, "val": val, "side": side}
         _write_json(partial / MARKER, marker)
         partial.chmod(0o755)
         os.replace(partial, out)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
 COUNTED = 0.98  # share of captions that state counts; from the others no count can be learned
 MORE_QUESTIONS = 10  # of each training picture, for the language model, beside those that every split has
+ABSENT = 1_000_000  # GQA ids from here on: questions for a kind that is not there
 COUNTS = (0.44, 0.2, 0.13, 0.09, 0.06, 0.04, 0.02, 0.02)  # how often a kind that is there occurs 1, 2, .. 8 times
 
 
@@ -240,6 +241,7 @@ class QuestionWriter:
         self.oc: list[dict] = []
         self.mci: list[dict] = []
         self.gqa: dict[str, dict] = {}
+        self.absent: dict[str, dict] = {}
 
     @property
     def count(self) -> int:
@@ -276,9 +278,18 @@ class QuestionWriter:
         for key, row in _gqa(scene, rng).items():
             row["entailed"] = [str(base + int(k)) for k in row["entailed"]]
             self.gqa[str(base + int(key))] = row | {"imageId": str(image_id)}
+            if row["types"]["detailed"] == "exist" and (gone := [k for k in KINDS if k not in kinds]):
+                # every such question of _gqa is answered yes; its counterpart takes no draw, so that all else stays as it is
+                other = row | {
+                    "question": f"Is there a {gone[total % len(gone)]}?",
+                    "answer": "no",
+                    "fullAnswer": "No.",
+                }
+                self.absent[str(ABSENT + len(self.absent))] = other | {"imageId": str(image_id)}
 
     def plain(self) -> list[dict]:
-        """Questions and answers as text, for the language model: of every benchmark, in VQA's answer format."""
+        """Questions and answers as text, for the language model: of every benchmark, in VQA's answer format (without
+        the absent kinds of GQA: the embedded model was trained on this list)."""
         rows = [(row["image_id"], row["question"], row["answer"]) for row in [*self.rows, *self.more]]
         rows += [(row["image_id"], row["text_in"], row["text_out"].lower().strip(".")) for row in self.mci]
         rows += [(int(row["imageId"]), row["question"], row["answer"]) for row in self.gqa.values()]
@@ -311,5 +322,5 @@ class QuestionWriter:
             "vqa_annotations.json": head | {"annotations": annotations},
             "gvtbench_oc.json": self.oc,
             "gvtbench_mci.json": self.mci,
-            "gqa_questions.json": self.gqa,
+            "gqa_questions.json": self.gqa | self.absent,
         }

@@ -150,6 +150,20 @@ def test_a_question_does_not_betray_its_answer() -> None:
     assert all(0.35 < sum(v) / len(v) < 0.65 for v in said.values() if len(v) > 100)
 
 
+def test_gqa_asks_for_what_is_there_as_often_as_for_what_is_not() -> None:
+    writer = shapes_text.QuestionWriter()
+    truth = {}
+    for image_id, scene, rng in shapes.scenes("val", 600, 0):
+        writer.add(image_id, scene, rng)
+        truth[str(image_id)] = {s.kind for s in scene.shapes}
+    gqa: dict = writer.benchmarks()["gqa_questions.json"]  # type: ignore[assignment]
+    asked = [q for q in gqa.values() if q["types"]["detailed"] == "exist"]
+    for q in asked:
+        there = q["question"].removeprefix("Is there a ").rstrip("?") in truth[q["imageId"]]
+        assert (q["answer"], q["fullAnswer"]) == (("yes", "Yes.") if there else ("no", "No."))
+    assert 0.4 < sum(q["answer"] == "yes" for q in asked) / len(asked) < 0.6
+
+
 def test_questions_in_the_real_formats(corpus: Path) -> None:
     val = corpus / "val"
     read = {name: json.loads((val / f"{name}.json").read_text()) for name in
