@@ -32,6 +32,7 @@ COLOURS = {
 }
 VAL_FIRST_ID = 1_000_001  # training ids start at 1
 MARKER = "shapes.json"
+FORMAT = 2  # of the questions; 2: GQA asks for absent kinds too
 SUPERSAMPLING = 3
 
 
@@ -161,7 +162,7 @@ def write_shapes(out: Path, train: int, val: int, seed: int, side: int = 64) -> 
         report = {}
         for split, count in (("train", train), ("val", val)):
             report |= _write_split(partial / split, split, count, seed, side)
-        marker = {"format": 2, "seed": seed, "train": train, "val": val, "side": side}
+        marker = {"format": FORMAT, "seed": seed, "train": train, "val": val, "side": side}
         _write_json(partial / MARKER, marker)
         partial.chmod(0o755)
         os.replace(partial, out)

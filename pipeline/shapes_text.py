@@ -241,7 +241,7 @@ class QuestionWriter:
         self.oc: list[dict] = []
         self.mci: list[dict] = []
         self.gqa: dict[str, dict] = {}
-        self.absent: dict[str, dict] = {}
+        self.asked = 0  # of GQA, without the questions for absent kinds
 
     @property
     def count(self) -> int:
@@ -274,25 +274,24 @@ class QuestionWriter:
         self.mci.append(
             {"image_id": image_id, "text_in": f"Is there a {kind}?", "text_out": answer, "n_obj_exist": total}
         )
-        base = len(self.gqa)
+        base = self.asked
         for key, row in _gqa(scene, rng).items():
             row["entailed"] = [str(base + int(k)) for k in row["entailed"]]
-            self.gqa[str(base + int(key))] = row | {"imageId": str(image_id)}
-            if row["types"]["detailed"] == "exist" and (gone := [k for k in KINDS if k not in kinds]):
-                # every such question of _gqa is answered yes; its counterpart takes no draw, so that all else stays as it is
-                other = row | {
-                    "question": f"Is there a {gone[total % len(gone)]}?",
-                    "answer": "no",
-                    "fullAnswer": "No.",
-                }
-                self.absent[str(ABSENT + len(self.absent))] = other | {"imageId": str(image_id)}
+            number, self.asked = base + int(key), self.asked + 1
+            self.gqa[str(number)] = row | {"imageId": str(image_id)}
+            gone = [k for k in KINDS if k not in kinds]
+            if row["types"]["detailed"] == "exist" and gone:  # without a draw: all else of the corpus stays as it was
+                other = {"question": f"Is there a {gone[total % len(gone)]}?", "answer": "no", "fullAnswer": "No."}
+                self.gqa[str(ABSENT + number)] = row | other | {"imageId": str(image_id)}
 
     def plain(self) -> list[dict]:
         """Questions and answers as text, for the language model: of every benchmark, in VQA's answer format (without
         the absent kinds of GQA: the embedded model was trained on this list)."""
         rows = [(row["image_id"], row["question"], row["answer"]) for row in [*self.rows, *self.more]]
         rows += [(row["image_id"], row["text_in"], row["text_out"].lower().strip(".")) for row in self.mci]
-        rows += [(int(row["imageId"]), row["question"], row["answer"]) for row in self.gqa.values()]
+        rows += [
+            (int(row["imageId"]), row["question"], row["answer"]) for key, row in self.gqa.items() if int(key) < ABSENT
+        ]
         return [dict(zip(("image_id", "question", "answer"), row, strict=True)) for row in rows]
 
     def add_more(self, image_id: int, scene: Scene, rng: np.random.Generator) -> None:
@@ -322,5 +321,5 @@ class QuestionWriter:
             "vqa_annotations.json": head | {"annotations": annotations},
             "gvtbench_oc.json": self.oc,
             "gvtbench_mci.json": self.mci,
-            "gqa_questions.json": self.gqa | self.absent,
+            "gqa_questions.json": self.gqa,
         }
