@@ -3,7 +3,7 @@
     python -m benchmarks.queries LAB [VARIANT ...]
 
 Of every stage-2 run of these variants (all, if none is named): R2 of a ridge regression (benchmarks/probe.py) from all
-queries of a picture to facts of the scene that drew it, on held-out pictures, and the cosine and effective rank of the
+queries of a picture to facts of the scene that drew it, on the validation pictures, and the cosine and effective rank of the
 queries. Z is what the Q-Former made, Z' what the dual block made of it; the other bridges have no Z'. It tells what is not
 known from what is known but not said.
 """
@@ -54,13 +54,14 @@ def main(lab: Path, variants: list[str]) -> dict[str, dict[str, float]]:
         for split in ("train", "val")
         for number, scene, _ in scenes(split, marker[split], marker["seed"])
     }
+    drawn = [str(number) for number, _, _ in scenes("val", marker["val"], marker["seed"])]
     runs = [file.parent for file in sorted(lab.glob("runs/*-stage2/summary.json"))]
     runs = [run for run in runs if not variants or run.name.rpartition("-seed")[0] in variants]
     seeds: dict[str, list[dict[str, float]]] = {}
     with progress("queries of", len(runs), "runs") as bar:
         for run in runs:
             ids, queries = queries_of(run, lab / "store.zarr")
-            held_out = np.arange(len(ids)) % 5 == 0
+            held_out = np.isin(ids, drawn)  # the bridges were trained on the others
             for name, values in queries.items():
                 flat = values.reshape(len(values), -1)
                 told = {
@@ -72,7 +73,7 @@ def main(lab: Path, variants: list[str]) -> dict[str, dict[str, float]]:
             bar.advance()
     found = {name: {key: float(np.mean([t[key] for t in each])) for key in each[0]} for name, each in seeds.items()}
     rows = [(name, len(seeds[name]), *(f"{value:.2f}" for value in told.values())) for name, told in found.items()]
-    table("R2 from all queries, held-out pictures; mean over seeds", ("", "seeds", *next(iter(found.values()))), rows)
+    table("R2 from all queries, validation pictures; mean over seeds", ("", "seeds", *next(iter(found.values()))), rows)
     return found
 
 

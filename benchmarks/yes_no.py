@@ -34,6 +34,8 @@ def main(lab: Path) -> None:
         runs: dict[str, list[tuple[float, ...]]] = {}
         for file in sorted(lab.glob(f"eval/*-seed*/{benchmark}.json")):
             said = np.array([plain(text) for text in json.loads(file.read_text(encoding="utf-8"))["answers"]])
+            if len(said) != len(truth):
+                raise SystemExit(f"{file}: answers {len(said)} of {len(truth)} questions; run xformer ablate again.")
             yes, no = truth == "yes", truth == "no"
             right = [float((said[where] == truth[where]).mean()) for where in (yes, no)]
             share, neither = (

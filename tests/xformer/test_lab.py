@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from cli import main, run_command
+from pipeline import shapes
 from pipeline.store import committed
 from xformer.console import duration
 from xformer.errors import EvaluationError, SettingsError, StoreError, TrainingError, WeightsError
+from xformer.lab import ablate as ablate_module
 from xformer.lab import encoding, parallel, results, summary
 from xformer.lab import features as lab_features
 from xformer.lab.ablate import Request, ablate, make_plan
@@ -36,7 +38,7 @@ def made(out: Path, corpus: Path, features: Path, small: list[str], **changes) -
 
 def numbers(result: dict) -> dict:
     """A result without what depends on the clock."""
-    return {key: value for key, value in result.items() if key not in ("cost",)}
+    return {key: value for key, value in result.items() if key not in ("cost", "versions")}
 
 
 @pytest.fixture(scope="module")
@@ -214,6 +216,10 @@ def test_mistakes_of_the_command_are_one_sentence(tmp_path: Path, capsys: pytest
     assert "ablations.benchmarks.vqa: unknown" in fails("--set", "ablations.benchmarks={vqa: {}}")
     assert "model.safetensors is missing" in fails("--set", "clip.weights=nowhere")
     assert "is no shapes corpus" in fails("--corpus", str(tmp_path))
+    assert "quick.variants" in fails("--set", "ablations.quick.variants=[]")
+    photographs = 'ablations.benchmarks={gqa: {questions: q.json, images: "a/images"}, vqav2: {images: "b/images"}}'
+    assert "train on drawn shapes: give --corpus" in fails("--set", photographs)
+    assert "need different names" in fails("--set", photographs, "--corpus", str(tmp_path))
     assert not (tmp_path / "out").exists()
 
 
@@ -332,6 +338,29 @@ def test_the_time_left_counts_phases_and_shared_first_stages(whole: Request, tmp
     # left: 5 x (stage 2 and evaluation); stage 1 of qformer twice and of xformer's second seed once for two variants
     assert Clock(plan.runs, done, 1).left() == f"about {duration(5 * 100 + 3 * 200)} left"
     assert Clock(plan.runs, done, 2).left() == f"about {duration((5 * 100 + 3 * 200) / 2)} left"
+
+
+def test_a_corpus_that_asks_other_questions_is_named(whole: Request, corpus: Path, tmp_path: Path) -> None:
+    assert ablate_module.SHAPES_FORMAT == shapes.FORMAT
+    shutil.copytree(corpus, tmp_path / "old")
+    marker = tmp_path / "old/shapes.json"
+    marker.write_text(marker.read_text().replace(f'"format": {shapes.FORMAT}', '"format": 1'))
+    with pytest.raises(EvaluationError, match="format 1, not 2. and asks other questions; move it away"):
+        ablate(Request(**vars(whole) | {"corpus": tmp_path / "old"}))
+
+
+def test_workers_stay_on_the_devices_that_this_process_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr("distributed.SpecCluster", lambda workers, **_: workers)
+
+    def seen(workers: int) -> list[str]:
+        specs: dict = parallel._cluster(workers, gpus=True)  # type: ignore[assignment]
+        return [spec["options"]["env"]["CUDA_VISIBLE_DEVICES"] for spec in specs.values()]
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert seen(3) == ["0", "1", "0"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    assert seen(3) == ["2", "5", "2"]
 
 
 def test_several_workers_share_the_devices(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,8 +15,10 @@ from xformer.lab.claims import (
     p_of_mean,
     predefined,
     spread_of_mean,
+    verdict,
 )  # fmt: skip
 from xformer.lab.results import pack, scores_of, unpack
+from xformer.lab.summary import score_rows
 
 
 def results(
@@ -141,6 +143,31 @@ def test_running_less_makes_no_claim_easier() -> None:
     assert "p_holm" not in first(captions, "coco-caption", "Table 4")  # its p decides nothing and costs nothing
 
 
+def test_a_seed_without_captions_is_left_out_and_the_others_count() -> None:
+    found = results({"xformer": 0.6, "qformer": 0.5}, 6, benchmark="coco-caption")
+    missing = {"missing": "CIDEr needs the extra `captions`"}
+    found[0]["scores"] = {"coco-caption": missing}  # xformer, seed 0: the first of its variant
+    row = first(found, "coco-caption", "Table 4")
+    assert row["seeds"] == [1, 2, 3, 4, 5] and row["verdict"] == HOLDS and "paired p" in row["why"]
+    assert score_rows(found, {})["xformer"]["coco-caption"]["seeds"] == 5
+    for result in found:
+        result["scores"] = {"coco-caption": missing}
+    assert first(found, "coco-caption", "Table 4")["why"] == missing["missing"]
+
+
+def test_a_small_difference_does_not_hold_without_its_corrected_p() -> None:
+    row = {"seeds": [0, 1, 2, 3, 4], "kind": "above", "interval": [0.1, 0.9], "p_holm": 0.2}
+    assert verdict(row)[0] == FAILS and verdict(row | {"p_holm": 0.01})[0] == HOLDS
+    assert verdict(row | {"interval": [0.1, 1.9]})[0] == UNDECIDED
+
+
+def test_controls_are_compared_without_a_verdict() -> None:
+    found = explore(results({"xformer": 0.6, "masked-concat": 0.5}, 3))
+    (row,) = [row for row in found if "missing" not in row]
+    assert row["claim"] == "X-Former minus concatenation under the same masks" and "verdict" not in row
+    assert 8 < row["difference"] < 12 and row["p_holm"] <= 1
+
+
 def test_types_of_gqa_are_compared_without_a_verdict() -> None:
     found = []
     for variant, level in (("xformer", 0.3), ("qformer", 0.8)):
@@ -151,7 +178,7 @@ def test_types_of_gqa_are_compared_without_a_verdict() -> None:
             found.append(
                 {"variant": variant, "seed": seed, "scores": {"gqa": {"overall": 1.0, "n": 800, "parts": parts}}}
             )
-    rows = {row["part"]: row for row in explore(found)}
+    rows = {row["part"]: row for row in explore(found) if "missing" not in row}
     assert list(rows) == ["query", "verify", "attr"] and "verdict" not in rows["verify"]
     assert rows["verify"]["interval"][1] < -30 and rows["verify"]["p_holm"] < 0.01 and rows["query"]["p_holm"] > 0.05
     assert rows["attr"]["n"] == 800

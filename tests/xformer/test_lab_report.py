@@ -70,7 +70,7 @@ def test_the_page_holds_claims_charts_costs_and_settings(tmp_path: Path) -> None
     first = next(row for row in rows if row["benchmark"] == "vqav2" and row["better"] == "xformer")
     assert first["verdict"] == "holds" and float(first["difference"]) > 10
     assert html.count("data:image/png") >= len(list((tmp_path / "report-files").glob("*.png")))
-    assert "GQA query (structural)" in html and "an exploration without verdicts" in html
+    assert "GQA query (structural)" in html and "Not predefined, so without verdicts" in html
     assert "the interval lies above 0, corrected p" in html  # why stands in the page, not in a hover
 
 

@@ -31,6 +31,7 @@ from xformer.lab.variants import Ablations, Variant, chosen, load_ablations
 from xformer.settings import Settings
 from xformer.weights import sha256_of
 
+SHAPES_FORMAT = 2  # pipeline/shapes.py, which training does not import
 SHAPES_FILES = {
     "vqav2": ("vqa_questions.json", "vqa_annotations.json"),
     "okvqa": ("vqa_questions.json", "vqa_annotations.json"),
@@ -87,6 +88,9 @@ def ablate(request: Request) -> dict[str, Any]:
 
     Raises: SettingsError, WeightsError, StoreError, EvaluationError, before anything runs where that can be known.
     """
+    if request.scheduler:  # whose workers have working folders of their own
+        corpus = request.corpus.resolve() if request.corpus else None
+        request = replace(request, out=request.out.resolve(), corpus=corpus)
     plan = make_plan(request)
     plan.runs = with_data(plan)
     done = refuse(plan)
@@ -111,6 +115,16 @@ def make_plan(request: Request) -> Plan:
     variants, seeds, limit = chosen(ablations, known, request.quick, request.only, request.seeds)
     features.needs(variants, base)  # refuses what no encoder can make
     corpus = request.corpus or request.out / "shapes"
+    photographs = {given.images for given in ablations.benchmarks.values() if given and given.images}
+    if photographs and request.corpus is None:
+        raise SettingsError(
+            "ablations.benchmarks ask for photographs, but the runs would train on drawn shapes: give --corpus."
+        )
+    if len({folder.name for folder in photographs}) < len(photographs):
+        named = ", ".join(sorted(map(str, photographs)))
+        raise SettingsError(
+            f"ablations.benchmarks: image folders need different names, their stores are named so: {named}."
+        )
     made = {"code": code_sha256(), "limit": {"questions": limit}}
     weights = {variant.name: features.frozen_weights(variant) for variant in variants}
     runs = []
@@ -132,6 +146,11 @@ def _benchmarks(request: Request, ablations: Ablations, corpus: Path, store: Pat
     """Each benchmark's files and store. Raises EvaluationError for files that are not there."""
     drawn = corpus / "shapes.json"
     ours = request.corpus is None or drawn.is_file()
+    if drawn.is_file() and (have := read_json(drawn, corpus).get("format")) != SHAPES_FORMAT:
+        raise EvaluationError(
+            f"{corpus} was drawn by another version (format {have}, not {SHAPES_FORMAT}) and asks other questions; move it "
+            "away: it is drawn again with the same pictures, and only what is asked anew is answered again."
+        )
     found = {}
     for name, given in ablations.benchmarks.items():
         if given is None:

@@ -3,7 +3,6 @@
 They depend on the frozen language model and the questions only, so they are measured once for a whole ablation.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from xformer import publish
 from xformer.checkpoint import checkpoints
 from xformer.console import say
 from xformer.evaluation.suite import SUITE
-from xformer.lab.results import UNKNOWN
+from xformer.lab.results import UNKNOWN, read_json
 from xformer.lab.run import Run, captions_missing, load, score
 from xformer.settings import Settings
 
@@ -33,7 +32,7 @@ def measure(out: Path, runs: list[Run], base: Settings) -> None:
     made = {key: run.made[key] for key in ("data", "limit")} | {"llm": run.made["weights"]["llm"]}
     made["eval"] = run.settings.eval.model_dump(mode="json")
     file = out / "results" / FILE
-    if file.is_file() and json.loads(file.read_text(encoding="utf-8"))["made_with"] == made:
+    if file.is_file() and read_json(file, file).get("made_with") == made:
         return
     from xformer.evaluation.answers import Wanted, answer
 
@@ -69,4 +68,4 @@ def _parts(rows: list[dict[str, Any]], each: np.ndarray, name: str) -> dict[str,
 def read(results: Path) -> dict[str, dict[str, Any]]:
     """Scores by system and benchmark, from the folder of the runs' JSONs; {} where none were measured."""
     file = results / FILE
-    return json.loads(file.read_text(encoding="utf-8"))["scores"] if file.is_file() else {}
+    return read_json(file, file).get("scores", {}) if file.is_file() else {}

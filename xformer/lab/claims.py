@@ -8,11 +8,13 @@ The rule was fixed before any run over five seeds was looked at (docs/lab.md, 20
     the trained models as given. The p of all predefined "above" rows are corrected together (Holm 1979); a row that was
     not run counts there with p = 1, so that running less makes no claim easier.
   * "A above B" holds where the whole 95% interval lies above 0 and the corrected p is below 0.05. It does not hold where
-    the whole interval lies below WORTH, the smallest difference that would matter. Otherwise it is undecided.
+    the whole interval lies below WORTH, the smallest difference that would matter. Otherwise it is undecided. The three
+    are asked in this order.
   * "A as good as B" (Table 4) holds where the whole interval lies above -HARM, and does not hold where it lies below.
   * With fewer than MIN_SEEDS seeds nothing is decided, whatever the numbers are.
 
-What stands beside the claims (explore) was not predefined: its p are corrected among themselves and decide nothing.
+What stands beside the claims (explore) was not predefined: its p are corrected among themselves and decide nothing. A
+score of yes/no questions moves with how often a model says yes (python -m benchmarks.yes_no), as much as with what it sees.
 """
 
 from dataclasses import dataclass
@@ -29,6 +31,14 @@ HARM = 2.0  # CIDEr x 100
 MIN_SEEDS = 5
 
 TINY_BLOCKS, PAPER_BLOCKS = (2, 3, 4), (26, 28, 30)  # of Table 5, in the two presets
+
+CONTROLS = (  # on VQAv2: the first minus the second
+    ("xformer", "masked-concat", "X-Former minus concatenation under the same masks"),
+    ("no-reconstruction", "concat", "X-Former on whole images minus concatenation"),
+    ("whole-in-stage2", "xformer", "Stage 2 and answers on whole images minus on masked ones"),
+    ("layerwise", "xformer", "BLIP-2's ITG, which does not read Z', minus X-Former's"),
+    ("one-draw", "xformer", "Always the same mask of an image minus one per epoch"),
+)
 
 HOLDS, FAILS, UNDECIDED = "holds", "does not hold", "undecided"
 
@@ -75,13 +85,13 @@ def predefined(variants: list[str]) -> list[Claim]:
     for block, theirs in zip(blocks, (53.7, 52.5, 52.4), strict=True):
         text = f"MAE tokens above those of CLIP block {block} on VQAv2"
         found.append(Claim("Table 5", text, x, f"clip-{block}", "vqav2", None, paper=(55.0, theirs)))
-    whole = "Masks and reconstruction in stage 1 help on VQAv2 (against whole images without)"
+    whole = "Masks and reconstruction help on VQAv2 (against whole images)"
     found += [
         Claim("Table 6", whole, x, "no-reconstruction", "vqav2"),
         Claim(
             "Table 6", "Reconstruction in stage 2 harms on VQAv2", x, "reconstruction-in-stage2", "vqav2", paper=(55.0, 52.4)
         ),
-        Claim("Sec. 4", "Queries differ more than the Q-Former's (cosine)", x, q, "diversity"),
+        Claim("Sec. 4", "Queries differ more (Q-Former's cosine minus X-Former's)", x, q, "diversity"),
         Claim("control", "X-Former above a Q-Former of the same size on VQAv2", x, "wide-qformer", "vqav2"),
         Claim("control", "X-Former above a Q-Former of the same size on object counting", x, "wide-qformer", "oc"),
     ]  # fmt: skip
@@ -107,8 +117,11 @@ def judge(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def explore(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """X-Former minus Q-Former by structural and semantic type of GQA (Table 2, Fig. 5): rows as judge's, no verdicts."""
-    runs = {v: {r["seed"]: r for r in results if r["variant"] == v} for v in ("xformer", "qformer")}
+    """Rows as judge's, without verdicts: X-Former minus Q-Former by structural and semantic type of GQA (Table 2, Fig. 5),
+    and X-Former against the controls that no claim reads."""
+    runs: dict[str, dict[int, dict[str, Any]]] = {}
+    for result in results:
+        runs.setdefault(result["variant"], {})[result["seed"]] = result
     parts = [
         sorted({p.split("/")[i] for r in results for p in r["scores"].get("gqa", {}).get("parts", {}) if "/" in p})
         for i in (0, 1)
@@ -116,11 +129,17 @@ def explore(results: list[dict[str, Any]]) -> list[dict[str, Any]]:
     rows = []
     for kind, names in zip(("structural", "semantic"), parts, strict=True):
         for name in names:
-            claim = Claim("Table 2", f"GQA {name} ({kind})", "xformer", "qformer", "gqa", name)
-            row = {"source": claim.source, "claim": claim.text, "benchmark": "gqa", "part": name}
-            rows.append(row | compare(claim, runs["xformer"], runs["qformer"]))
-    _correct(rows)
-    return rows
+            rows.append(Claim("Table 2", f"GQA {name} ({kind})", "xformer", "qformer", "gqa", name))
+    families = [rows, [Claim("control", text, better, worse, "vqav2") for better, worse, text in CONTROLS]]
+    found: list[dict[str, Any]] = []
+    for family in families:
+        told = []
+        for claim in family:
+            row = {"source": claim.source, "claim": claim.text, "benchmark": claim.benchmark, "part": claim.part}
+            told.append(row | compare(claim, runs.get(claim.better, {}), runs.get(claim.worse, {})))
+        _correct(told)
+        found += told
+    return found
 
 
 def _correct(family: list[dict[str, Any]]) -> None:
@@ -132,20 +151,19 @@ def _correct(family: list[dict[str, Any]]) -> None:
 
 def compare(claim: Claim, ours: dict[int, dict], theirs: dict[int, dict]) -> dict[str, Any]:
     """The numbers of one claim, or `missing` with the reason why there are none."""
-    seeds = sorted(set(ours) & set(theirs))
-    if not seeds:
+    common = sorted(set(ours) & set(theirs))
+    if not common:
         absent = [name for name, runs in ((claim.better, ours), (claim.worse, theirs)) if not runs]
         return {"seeds": [], "missing": f"not run: {', '.join(absent)}" if absent else "no seed in common"}
-    stacks = []
-    for runs in (ours, theirs):
-        reason = next((r["scores"].get(claim.benchmark, {}).get("missing") for r in runs.values()), None)
-        each = [scores_of(runs[seed], claim.benchmark, claim.part) for seed in seeds]
-        if not all(len(e) for e in each):
-            return {
-                "seeds": seeds,
-                "missing": reason or f"no questions of {claim.benchmark} {claim.part or ''}".strip(),
-            }
-        stacks.append(each)
+    pairs = {seed: [scores_of(runs[seed], claim.benchmark, claim.part) for runs in (ours, theirs)] for seed in common}
+    seeds = [seed for seed, pair in pairs.items() if all(map(len, pair))]
+    if not seeds:
+        told = (
+            run["scores"].get(claim.benchmark, {}).get("missing") for runs in (ours, theirs) for run in runs.values()
+        )
+        nothing = f"no questions of {claim.benchmark} {claim.part or ''}".strip()
+        return {"seeds": common, "missing": next(filter(None, told), nothing)}
+    stacks = [[pairs[seed][side] for seed in seeds] for side in (0, 1)]
     if len({len(e) for stack in stacks for e in stack}) > 1:
         return {"seeds": seeds, "missing": "the runs answered different questions"}
     a, b = (claim.sign * np.stack(stack) for stack in stacks)
@@ -203,17 +221,18 @@ def verdict(row: dict[str, Any]) -> tuple[str, str]:
         return UNDECIDED, f"{len(row['seeds'])} of the {MIN_SEEDS} seeds that a verdict needs"
     low, high = row["interval"]
     if row["kind"] == "unharmed":
+        p = f"paired p = {row['p']:.4f}, which decides nothing here"
         if low > -HARM:
-            return HOLDS, f"the interval lies above -{HARM:g}"
-        return (
-            (FAILS, f"the interval lies below -{HARM:g}") if high < -HARM else (UNDECIDED, "the interval is too wide")
-        )
-    if low > 0:
-        if row["p_holm"] < ALPHA:
-            return HOLDS, f"the interval lies above 0, corrected p = {row['p_holm']:.4f}"
-        return UNDECIDED, f"the interval lies above 0, but the corrected p = {row['p_holm']:.4f}"
+            return HOLDS, f"the interval lies above -{HARM:g}; {p}"
+        if high < -HARM:
+            return FAILS, f"the interval lies below -{HARM:g}; {p}"
+        return UNDECIDED, f"the interval is too wide; {p}"
+    if low > 0 and row["p_holm"] < ALPHA:
+        return HOLDS, f"the interval lies above 0, corrected p = {row['p_holm']:.4f}"
     if high < 0:
         return FAILS, "the interval lies below 0"
     if high < WORTH:
         return FAILS, f"the interval lies below {WORTH:g}, the smallest difference that matters"
+    if low > 0:
+        return UNDECIDED, f"the interval lies above 0, but the corrected p = {row['p_holm']:.4f}"
     return UNDECIDED, "the interval holds 0 and differences that matter"

@@ -19,7 +19,7 @@ FILE = "encoding.json"  # beside the runs' JSONs, so that it is committed with t
 
 def encoder_seconds(store: Path, counted: set[tuple[str, float]] | None = None) -> dict[str, float]:
     """Measured seconds of one forward pass per image, the median over shards: `clip` (to the deepest cached block),
-    `draw`, `whole`; all the seconds that filling the store took: `once`; how often the CLIP ran over the images:
+    `draw`, `whole`; the seconds of all forward passes that filled the store: `once`; how often the CLIP ran over the images:
     `clip_passes`; the share of patches that the draws mask: `ratio`.
 
     Args:
@@ -63,7 +63,7 @@ def encoder_seconds(store: Path, counted: set[tuple[str, float]] | None = None) 
 def known(out: Path, results: Path) -> dict[str, dict[str, float]]:
     """encoder_seconds of every store of an ablation, by its name; of stores that are gone what stands in RESULTS."""
     counted: set[tuple[str, float]] = set()
-    found: dict[str, Any] = read_json(results / FILE) if (results / FILE).is_file() else {}
+    found: dict[str, Any] = read_json(results / FILE, results / FILE) if (results / FILE).is_file() else {}
     stores = [store for store in sorted(out.glob("*.zarr"), key=lambda s: s.name != "store.zarr") if indexed(store)]
     return found | {store.name: encoder_seconds(store, counted) for store in stores}
 

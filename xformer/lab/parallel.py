@@ -4,6 +4,8 @@ A slow test runs two processes on one CPU machine; the GPU path is the same code
 not run on several GPUs yet.
 """
 
+import asyncio
+import concurrent.futures
 import logging
 import os
 from collections.abc import Iterator
@@ -52,7 +54,7 @@ def on_dask(runs: list[Run], workers: int, gpus: bool, scheduler: str | None) ->
                         "is finished stays: run the same command again to go on."
                     ) from None
                 yield last[future]
-    except (TimeoutError, ConnectionError) as error:
+    except (TimeoutError, ConnectionError, concurrent.futures.CancelledError, asyncio.CancelledError) as error:
         raise TrainingError(f"the Dask scheduler is lost ({error}); run the same command again to go on.") from None
     finally:
         if cluster is not None:
@@ -80,10 +82,12 @@ def _cluster(workers: int, gpus: bool):
     dask.config.set({"distributed.nanny.pre-spawn-environ.MALLOC_TRIM_THRESHOLD_": None})
     places: list[int | None] = [*devices(workers)] if gpus else [None] * workers
     threads = str(max(1, (os.cpu_count() or 1) // len(places)))
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")  # a share of the machine's: its first is this process's device 0
+    visible = given.split(",") if given else [str(device) for device in range(len(places))]
     specs = {}
     for number, device in enumerate(places):
         environment = {"OMP_NUM_THREADS": threads}
-        environment |= {} if device is None else {"CUDA_VISIBLE_DEVICES": str(device)}
+        environment |= {} if device is None else {"CUDA_VISIBLE_DEVICES": visible[device]}
         options = {"nthreads": 1, "env": environment, "memory_limit": 0, "host": "127.0.0.1", "dashboard_address": None}
         specs[number] = {"cls": Nanny, "options": options | {"silence_logs": logging.CRITICAL}}
     http = "127.0.0.1:0"  # any free port: two ablations of one machine do not meet

@@ -13,7 +13,7 @@ from xformer.errors import UserError
 from xformer.evaluation import page
 from xformer.lab import charts, claims
 from xformer.lab.collect import Collected, collect
-from xformer.lab.summary import numbers, saving, score_rows, spread
+from xformer.lab.summary import numbers, saving, score_rows, seeds_of, spread
 
 MAIN = ("qformer", "concat", "early", "xformer")
 TITLES = {"vqav2": "VQAv2", "gqa": "GQA", "oc": "object counting", "mci": "MCI", "coco-caption": "captions (CIDEr)",
@@ -74,7 +74,7 @@ def _claims(judged: list[dict[str, Any]], beside: Path) -> list[str]:
     return [
         "<h2>Claims</h2>", *_claim_rows(run), *(others if not_run else []),
         "<p class=note>On a phone the table scrolls sideways. theirs: what the paper prints for both systems, with other "
-        "data and sizes.</p>",
+        "data and sizes (Table 1 with OPT-2.7b, Tables 5 and 6 with OPT-6.7b).</p>",
         *([page.figure(png, "Differences, 95% intervals: green holds, red does not, grey is open")] if png else []),
         "<details><summary>The rule, fixed before any run over five seeds</summary>",
         f"<p class=note>The rule {escape(rule)}</p></details>",
@@ -103,19 +103,23 @@ def _explored(rows: list[dict[str, Any]]) -> list[str]:
         return []
     lines = [(row["claim"], *numbers(row), len(row["seeds"]), row["n"]) for row in measured]
     return [
-        "<h2>X-Former minus Q-Former by type of GQA</h2>",
+        "<h2>X-Former minus Q-Former by type of GQA, and controls</h2>",
         page.plain_table(["difference", "95% interval", "p (Holm)", "seeds", "n"], lines),
-        "<p class=note>Not predefined: an exploration without verdicts, corrected for these rows only.</p>",
+        "<p class=note>Not predefined, so without verdicts; p is corrected among the types, and among the controls.</p>",
     ]
 
 
 def _scores(found: Collected, scores: dict[str, Any], main: list[str], beside: Path) -> list[str]:
     names: list[str] = list(dict.fromkeys(name for each in scores.values() for name in each))
     rows = [
-        (charts.name_of(s), *[(spread(each.get(name)) or "").replace("+-", "±") for name in names])
+        (
+            charts.name_of(s),
+            seeds_of(each) or "",
+            *[(spread(each.get(name)) or "").replace("+-", "±") for name in names],
+        )
         for s, each in scores.items()
     ]
-    body = ["<h2>Scores</h2>", page.plain_table([TITLES[name] if name in TITLES else name for name in names], rows)]
+    body = ["<h2>Scores</h2>", page.plain_table(["seeds", *[TITLES.get(name, name) for name in names]], rows)]
     body.append("<p class=note>Mean over seeds; the interval (95%) is over seeds only.</p><div class=figures>")
     sets = {TITLES[b]: {v: scores[v][b] for v in main if b in scores[v]} for b in ("vqav2", "gqa", "oc") if b in names}
     if any(sets.values()):

@@ -145,15 +145,16 @@ def read_result(file: Path) -> dict[str, Any] | None:
     raise EvaluationError(f"{file}: not a run's JSON; remove it to run that again.")
 
 
-def read_json(file: Path) -> dict[str, Any]:
-    """What a file of a run's folder holds. Raises EvaluationError where it is cut off or damaged."""
+def read_json(file: Path, remove: Path | None = None) -> dict[str, Any]:
+    """What a file of a run's folder holds. Raises EvaluationError where it is cut off or damaged; it advises to remove
+    `remove`, left out the folder, whose other files are of no use then."""
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         if isinstance(content, dict):
             return content
     except (ValueError, OSError):
         pass
-    raise EvaluationError(f"{file}: cut off or damaged; remove {file.parent} to do that part again.")
+    raise EvaluationError(f"{file}: cut off or damaged; remove {remove or file.parent} to do that part again.")
 
 
 def write_result(file: Path, result: dict[str, Any]) -> None:

@@ -143,11 +143,12 @@ def _stages(run: Run) -> dict[str, Path]:
 
 
 def versions() -> dict[str, str]:
-    """Of the libraries that decide numbers, of this package, and the name of the device."""
+    """Of the libraries that decide numbers and of this package; the device, and how many threads add up on a CPU."""
     import torch
 
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
-    return {name: version(name) for name in LIBRARIES} | {"xformer": version("xformer-mllm"), "device": device}
+    more = {"xformer": version("xformer-mllm"), "device": device, "threads": str(torch.get_num_threads())}
+    return {name: version(name) for name in LIBRARIES} | more
 
 
 def _rounded(values: dict[str, float]) -> dict[str, float]:

@@ -46,11 +46,11 @@ def score_rows(results: list[Result], systems: dict[str, dict[str, Any]]) -> dic
         found[system] = {name: {"mean": value["overall"], "half": None} for name, value in scores.items()}
     for variant in dict.fromkeys(result["variant"] for result in results):
         mine = [result for result in results if result["variant"] == variant]
-        for name in mine[0]["scores"]:
-            values = [r["scores"][name]["overall"] for r in mine if "overall" in r["scores"].get(name, {})]
-            if values:
-                more = {"seeds": len(values), "n": mine[0]["scores"][name]["n"]}
-                found.setdefault(variant, {})[name] = mean_and_half(values) | more
+        for name in dict.fromkeys(name for result in mine for name in result["scores"]):
+            have = [r["scores"][name] for r in mine if "overall" in r["scores"].get(name, {})]
+            if have:
+                more = {"seeds": len(have), "n": have[0]["n"]}
+                found.setdefault(variant, {})[name] = mean_and_half([scores["overall"] for scores in have]) | more
     return found
 
 
@@ -113,18 +113,22 @@ def saving(spent: dict[str, Any]) -> str:
         else f"ran {passes:g} times over the images (its blocks were cached at different times)"
     )
     saved = spent["saved_seconds"]
+    changed = f"the cache {'saved' if saved >= 0 else 'cost'} {duration(abs(saved))}"
     return (
-        f"The CLIP {ran}; all encoding took {duration(spent['encoding_seconds_once'])}. Inside these {spent['runs']} "
-        f"runs it would have taken {duration(spent['encoding_online_seconds'])} (estimated from the measured seconds per "
-        f"image): the cache {'saved' if saved >= 0 else 'cost'} {duration(abs(saved))}; with online encoders the whole "
-        f"would take {spent['ratio']:.2f} times as long."
+        f"The CLIP {ran}; all encoding took {duration(spent['encoding_seconds_once'])}. Inside these {spent['runs']} runs "
+        f"it would have taken {duration(spent['encoding_online_seconds'])} (estimated from the seconds per image of "
+        f"encoding alone on the machine): {changed}; with online encoders "
+        f"the whole would take {spent['ratio']:.2f} times as long."
     )
 
 
 def show(report: dict[str, Any], out: Path) -> None:
     names = list(dict.fromkeys(name for scores in report["scores"].values() for name in scores))
-    rows = [(system, *[spread(scores.get(name)) for name in names]) for system, scores in report["scores"].items()]
-    table(f"scores, mean over {len(report['seeds'])} seeds +- 95% interval over seeds", ("", *names), rows)
+    rows = [
+        (system, seeds_of(scores), *[spread(scores.get(name)) for name in names])
+        for system, scores in report["scores"].items()
+    ]
+    table("scores, mean over seeds +- 95% interval over seeds", ("", "seeds", *names), rows)
     lines = [
         (row["claim"], row["source"], *numbers(row), len(row["seeds"]), row["verdict"]) for row in report["claims"]
     ]
@@ -132,12 +136,17 @@ def show(report: dict[str, Any], out: Path) -> None:
     table("claims (the rule stands in xformer/lab/claims.py)", heads, lines)
     lines = [(row["claim"], *numbers(row), len(row["seeds"])) for row in report["explored"] if "missing" not in row]
     if lines:
-        table("X-Former minus Q-Former by type of GQA (not predefined: no verdicts)", ("", *heads[2:6]), lines)
+        table("X-Former minus Q-Former by type of GQA, and controls (no verdicts)", ("", *heads[2:6]), lines)
     spent = report["cost"]
     table("cost", ("phase", "time"), [(name, duration(value)) for name, value in spent["seconds"].items()])
     if text := saving(spent):
         say(text)
     say(f"in {out}: summary.json, results/ (one JSON per run); the page: xformer report {out} --out report.html")
+
+
+def seeds_of(scores: dict[str, Any]) -> int | None:
+    """Over how many seeds a system's scores are; None for one that has no seeds."""
+    return max((value["seeds"] for value in scores.values() if "seeds" in value), default=None)
 
 
 def spread(value: dict[str, Any] | None) -> str | None:

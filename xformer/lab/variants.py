@@ -33,7 +33,7 @@ class BenchmarkFiles(Section):
 
 class Quick(Section):
     seeds: Annotated[list[Seed], Field(min_length=1)]
-    variants: list[str]
+    variants: Annotated[list[str], Field(min_length=1)]
     limit: Whole
 
 
@@ -143,6 +143,8 @@ def chosen(
     for name in names:
         if name not in variants:
             raise SettingsError(f"--only {name}: there is no such variant; there are {', '.join(variants)}.")
+    if not names:
+        raise SettingsError("ablations: there is no variant to run; every one is null.")
     picked = seeds if seeds is not None else ablations.quick.seeds if quick else ablations.seeds
     return [variants[name] for name in dict.fromkeys(names)], list(dict.fromkeys(picked)), (
         ablations.quick.limit if quick else ablations.limit
