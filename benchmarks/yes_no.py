@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from xformer.console import table
+from xformer.evaluation.intervals import over_seeds
 from xformer.evaluation.suite import SUITE, Files
 from xformer.lab.ablate import SHAPES_FILES
 
@@ -55,5 +56,32 @@ def main(lab: Path) -> None:
         table(title, heads, rows)
 
 
+def absent_kinds(lab: Path) -> None:
+    """What GQA's questions for absent kinds change: X-Former minus the others with and without them."""
+    from pipeline.shapes_text import ABSENT
+
+    asked = json.loads((lab / "shapes/val/gqa_questions.json").read_text(encoding="utf-8"))
+    first = np.array([int(key) < ABSENT for key in asked])
+    runs: dict[str, dict[str, np.ndarray]] = {}
+    for file in sorted(lab.glob("eval/*-seed*/gqa.json")):
+        variant, _, seed = file.parent.name.rpartition("-seed")
+        runs.setdefault(variant, {})[seed] = np.array(json.loads(file.read_text(encoding="utf-8"))["scores"], float)
+    rows = []
+    for variant, each in runs.items():
+        seeds = sorted(set(runs["xformer"]) & set(each))
+        row: list[object] = [variant, len(seeds)]
+        for where in (first, first | True):
+            ours, theirs = (np.stack([one[seed][where] for seed in seeds]) for one in (runs["xformer"], each))
+            told = over_seeds(ours, theirs)
+            row += [
+                100 * float(theirs.mean()),
+                "{:+.2f} ({:+.2f} to {:+.2f})".format(told["difference"], *told["interval"]),
+            ]
+        rows.append(row)
+    heads = ("", "seeds", f"{first.sum()} questions", "X-Former minus it", f"all {len(first)}", "X-Former minus it")
+    table("GQA without and with the questions for absent kinds", heads, rows)
+
+
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    absent_kinds(Path(sys.argv[1]))
