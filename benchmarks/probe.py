@@ -18,6 +18,8 @@ from pipeline.index import Index
 from pipeline.shapes import COLOURS, KINDS, Scene, scenes
 from xformer.console import table
 
+RATIOS = (1e-3, 1e-2, 1e-1, 1.0)  # penalties
+
 
 def facts(scene: Scene) -> dict[str, list[float]]:
     """Targets by name; a list is averaged."""
@@ -33,21 +35,23 @@ def facts(scene: Scene) -> dict[str, list[float]]:
     }
 
 
-def ridge(x: np.ndarray, y: np.ndarray, train: np.ndarray, ratios: tuple[float, ...] = (1e-3, 1e-2, 1e-1, 1)) -> float:
-    """Mean R2 over the columns of y on the rows not in `train`, at the best of a few penalties."""
+def ridge(x: np.ndarray, drawn: list[dict[str, list[float]]], train: np.ndarray) -> dict[str, float]:
+    """R2 of every fact on the rows not in `train`: the mean over its numbers, at the best of a few penalties."""
     mean, spread = x[train].mean(0), x[train].std(0) + 1e-6
     x = (x - mean) / spread
-    y = y - y[train].mean(0)
     values, vectors = np.linalg.eigh(x[train].T @ x[train])
-    right = vectors.T @ (x[train].T @ y[train])
-    best = -np.inf
-    for ratio in ratios:
-        weights = vectors @ (right / (values + ratio * len(x))[:, None])
-        rest = y[~train] - x[~train] @ weights
-        variance = y[~train].var(0)
+    found = {}
+    for fact in drawn[0]:
+        y = np.array([row[fact] for row in drawn], np.float32)
+        y = y - y[train].mean(0)
+        right, variance = vectors.T @ (x[train].T @ y[train]), y[~train].var(0)
         kept = variance > 0
-        best = max(best, float(np.mean(1 - (rest**2).mean(0)[kept] / variance[kept])))
-    return best
+        told = []
+        for ratio in RATIOS:
+            rest = y[~train] - x[~train] @ (vectors @ (right / (values + ratio * len(x))[:, None]))
+            told.append(float(np.mean(1 - (rest**2).mean(0)[kept] / variance[kept])))
+        found[fact] = round(max(told), 3)
+    return found
 
 
 def main(store: Path, corpus: Path) -> dict[str, dict[str, float]]:
@@ -67,9 +71,7 @@ def main(store: Path, corpus: Path) -> dict[str, dict[str, float]]:
     for name in sorted(path for path, node in root.members(None) if path.endswith("tokens")):
         tokens = np.asarray(root[name], dtype=np.float32)[rows]  # type: ignore[arg-type]
         x = np.concatenate([tokens.mean(1), tokens.std(1)], 1)
-        found[name] = {
-            fact: round(ridge(x, np.array([d[fact] for d in drawn], dtype=np.float32), train), 3) for fact in drawn[0]
-        }
+        found[name] = ridge(x, drawn, train)
     title = f"R2 of a linear probe on {int((~train).sum())} held-out pictures of {len(rows)}"
     table(title, ("", *found), [(fact, *(f"{found[name][fact]:.2f}" for name in found)) for fact in drawn[0]])
     return found

@@ -331,7 +331,7 @@ def test_the_time_left_counts_phases_and_shared_first_stages(whole: Request, tmp
     names = ["xformer", "reconstruction-in-stage2", "qformer"]
     plan = make_plan(Request(tmp_path, run_command, overrides=overrides, only=names, seeds=[0, 1]))
     assert "not known" in Clock(plan.runs, [], 1).left()
-    results.write_result(plan.runs[0].result, {"cost": cost, "made_with": {}})
+    results.write_result(plan.runs[0].result, {"variant": "xformer", "cost": cost, "made_with": {}})
     done = [plan.runs[0].name]
     (plan.runs[0].stage1 / "summary.json").parent.mkdir(parents=True)
     (plan.runs[0].stage1 / "summary.json").write_text("{}")

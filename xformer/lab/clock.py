@@ -1,15 +1,16 @@
 """How long what is left of an ablation will take, from the seconds in the JSONs of finished runs."""
 
 import time
+from typing import Any
 
 from xformer.console import duration
-from xformer.lab.results import read_result
+from xformer.lab.results import read_result, read_results
 from xformer.lab.run import Run
 
 
 class Clock:
-    """Time left: the seconds that each phase of finished runs took, of the same variant where there are some, else of any.
-    A first stage that is finished, or that an earlier run of the list trains, costs nothing more.
+    """Time left: the seconds that each phase of the folder's finished runs took, of the same variant where there are some,
+    else of any. A first stage that is finished, or that an earlier run of the list trains, costs nothing more.
 
     Args:
         side_by_side: runs at once; None: not known, so the pace of this call decides.
@@ -19,20 +20,19 @@ class Clock:
         self.todo = {run.name: run for run in runs if run.name not in done}
         self.side_by_side, self.began, self.finished = side_by_side, time.monotonic(), 0
         self.seconds: dict[str, dict[str, list[float]]] = {"first": {}, "rest": {}}
-        for run in runs:
-            if run.name in done:
-                self._add(run)
+        for result in read_results(runs[0].result.parent).values():
+            self._add(result)
 
-    def _add(self, run: Run) -> None:
-        cost = (read_result(run.result) or {}).get("cost", {})
-        if cost:
-            self.seconds["first"].setdefault(run.variant, []).append(cost["stage1_seconds"])
-            self.seconds["rest"].setdefault(run.variant, []).append(cost["stage2_seconds"] + cost["evaluation_seconds"])
+    def _add(self, result: dict[str, Any]) -> None:
+        cost, variant = result["cost"], result["variant"]
+        self.seconds["first"].setdefault(variant, []).append(cost["stage1_seconds"])
+        self.seconds["rest"].setdefault(variant, []).append(cost["stage2_seconds"] + cost["evaluation_seconds"])
 
     def after(self, run: Run) -> str:
         self.todo.pop(run.name, None)
         self.finished += 1
-        self._add(run)
+        if result := read_result(run.result):
+            self._add(result)
         return self.left()
 
     def _mean(self, part: str, variant: str) -> float:
