@@ -299,7 +299,7 @@ def test_a_store_that_stays_away_is_one_error_in_bounded_time(remote: Path, serv
     objects._client.cache_clear()
 
 
-def test_exactly_one_put_of_a_commit_wins(server: Server, hasty: None) -> None:
+def test_exactly_one_put_of_a_commit_wins(server: Server) -> None:
     place = Path("s3://bucket/commits/7.json")
     with ThreadPoolExecutor(8) as pool:
         won = list(pool.map(lambda i: objects.create(place, f"{i}".encode()), range(8)))
